@@ -1,0 +1,59 @@
+"""`cnf`: continuous-time normalizing flows in PyTorch.
+
+A vector field carries a simple density to the data; an ODE engine integrates the state together
+with its log-density, the trace of the Jacobian exact or by Hutchinson's estimator (FFJORD).
+
+    flow = cnf.FFJORD(2)                        # an nn.Module
+    loss = -flow.log_prob(x).mean()             # x (B, 2)
+    x, log_prob = flow.sample_and_log_prob((1000,))
+
+Conventions, the same everywhere:
+
+- Direction: `forward` goes from base z to data x, `inverse` from x to z.
+- Time: t = 0 is the base, t = 1 the data; a vector field is `f(t, x, context=None)`.
+- Shapes: x (*batch, *event); log-determinants and log-densities (*batch,); context (*batch, C).
+- Log-determinants belong to the map just applied and are added:
+  log_prob = base.log_prob(z) + log_det.
+- Noise is drawn once a solve, from an optional `torch.Generator`.
+- `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments.
+- State and log-density are never below float32; time is float64 on the host.
+- Statistics are plain values, collected by `record_solves()`.
+"""
+
+from __future__ import annotations
+
+from cnf.base import StandardNormal
+from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.errors import CheckpointError, SolverError, TrainingError
+from cnf.fields import ConcatSquashField, MLPField, VectorField
+from cnf.flow import Flow
+from cnf.models import FFJORD
+from cnf.objectives import MaximumLikelihood
+from cnf.ode import Solver, TorchDiffEq, odeint, record_solves
+from cnf.transforms import CNF, Compose, Inverse, Transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CNF",
+    "FFJORD",
+    "CheckpointError",
+    "Compose",
+    "ConcatSquashField",
+    "Divergence",
+    "Exact",
+    "Flow",
+    "Hutchinson",
+    "Inverse",
+    "MLPField",
+    "MaximumLikelihood",
+    "Solver",
+    "SolverError",
+    "StandardNormal",
+    "TorchDiffEq",
+    "TrainingError",
+    "Transform",
+    "VectorField",
+    "odeint",
+    "record_solves",
+]

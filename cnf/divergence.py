@@ -1,0 +1,265 @@
+"""The divergence of a vector field, div f = tr df/dx, exact or by Hutchinson's estimator.
+
+The trace is what turns a solve into a density (the instantaneous change of variables, Chen et
+al., arXiv 1806.07366). Noise is an argument: drawn once a solve by `sample_noise`, then the same
+at every evaluation, so that the estimated system is an ODE with a solution.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cnf.graph import unknown_leaves
+
+__all__ = ["Divergence", "Exact", "Hutchinson", "as_divergence"]
+
+Field = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event)."""
+
+_CHUNK_ELEMENTS = 2**24  # numbers in one batch of products: 64 MiB in float32
+
+
+class Divergence(ABC):
+    """How div f is computed, as a frozen value.
+
+    To add one, inherit, and write
+
+    1. `sample_noise(x, generator)` returns what is random, once a solve, or None.
+    2. `__call__(field, t, x, context, noise)` returns f and its divergence, a function of its
+       arguments alone, differentiable in all of them where grad mode is on.
+    """
+
+    def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """The noise of one solve, or None where nothing is random.
+
+        Args:
+            x: state (B, *event), for shape, dtype and device.
+            generator: source of randomness; None for torch's global one.
+        """
+        return None
+
+    @abstractmethod
+    def __call__(
+        self, field: Field, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) and its divergence.
+
+        Args:
+            field: the vector field; samples must not depend on one another.
+            t: time ().
+            x: state (B, *event).
+            context: (B, C) or None.
+            noise: from `sample_noise`.
+
+        Returns:
+            dx (B, *event) and the divergence (B,).
+        """
+
+
+@dataclass(frozen=True)
+class Exact(Divergence):
+    """The exact divergence, sum_i df_i/dx_i.
+
+    In closed form where the field offers `with_divergence(t, x, context) -> (dx, div)`, else by D
+    vector-Jacobian products e_i^T J, batched in chunks; any event shape.
+
+    Args:
+        chunk_size: products in one batch; None bounds the memory of a batch instead. 1 takes them
+            one by one, for fields whose backward pass cannot be vectorised.
+
+    Raises:
+        ValueError: chunk_size is not a positive integer.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> dx, div = Exact()(lambda t, x, c: x**2, torch.tensor(0.0), x, None, None)
+        >>> div
+        tensor([6.])
+    """
+
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            _check_positive("chunk_size", self.chunk_size)
+
+    def __call__(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event) and its exact divergence (B,)."""
+        closed_form = getattr(field, "with_divergence", None)
+        if closed_form is not None:
+            dx, div = closed_form(t, x, context)
+            return dx, div
+        return _linearised(field, t, x, context, self._trace)
+
+    def _trace(self, dx: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+        batch, dims = x.shape[0], x[0].numel() if len(x) else 0
+        chunk = self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, x.numel()))
+        div = x.new_zeros(batch)
+        for start in range(0, dims, chunk):
+            i = torch.arange(start, min(start + chunk, dims), device=x.device)
+            basis = torch.nn.functional.one_hot(i, dims).to(x)  # (K, D)
+            e = basis[:, None].expand(-1, batch, -1).reshape(-1, *x.shape)  # (K, B, *event)
+            rows = _products(dx, x, e, create_graph)  # (K, B, *event)
+            div = div + rows.reshape(len(i), batch, dims)[torch.arange(len(i)), :, i].sum(0)
+        return div
+
+
+@dataclass(frozen=True)
+class Hutchinson(Divergence):
+    """Hutchinson's estimate of the divergence: the mean over k probes e of e^T J e, E[e e^T] = I.
+
+    Unbiased. With S = (J + J^T) / 2, the variance of one probe is 2 ||S||_F^2 for Gaussian noise
+    and 2 (||S||_F^2 - sum_i S_ii^2) for Rademacher noise, so Rademacher is the default; k probes
+    divide it by k.
+
+    Args:
+        noise: "rademacher" (+1 or -1) or "gaussian".
+        probes: k.
+
+    Raises:
+        ValueError: an unknown noise, or probes not a positive integer.
+
+    Reference: FFJORD, Grathwohl et al., arXiv 1810.01367.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> estimate = Hutchinson()
+        >>> e = estimate.sample_noise(x)  # a diagonal Jacobian: exact with Rademacher noise
+        >>> estimate(lambda t, x, c: x**2, torch.tensor(0.0), x, None, e)[1]
+        tensor([6.])
+    """
+
+    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("rademacher", "gaussian"):
+            raise ValueError(f"noise={self.noise!r} is not known; use 'rademacher' or 'gaussian'")
+        _check_positive("probes", self.probes)
+
+    def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Probes (k, B, *event)."""
+        device = x.device if generator is None else generator.device
+        shape = (self.probes, *x.shape)
+        if self.noise == "gaussian":
+            e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator)
+        else:
+            e = torch.randint(0, 2, shape, dtype=x.dtype, device=device, generator=generator)
+            e = 2 * e - 1
+        return e.to(x.device)
+
+    def __call__(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event) and the estimate of its divergence (B,)."""
+        if noise is None or noise.shape != (self.probes, *x.shape):
+            seen = None if noise is None else tuple(noise.shape)
+            raise ValueError(
+                f"noise must have the shape (probes, *x.shape) = {(self.probes, *x.shape)}, "
+                f"got {seen}; draw it with sample_noise(x)"
+            )
+
+        def trace(dx: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+            rows = _products(dx, x, noise, create_graph)  # (k, B, *event)
+            return (rows * noise).reshape(self.probes, x.shape[0], -1).sum(-1).mean(0)
+
+        return _linearised(field, t, x, context, trace)
+
+
+def as_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence that a string names ("exact", "hutchinson"), or the object itself.
+
+    Raises:
+        ValueError: another string.
+        TypeError: neither a string nor a `Divergence`.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(
+            "divergence must be 'exact', 'hutchinson' or a Divergence such as cnf.Exact(), "
+            f"got {type(divergence).__name__}"
+        )
+    names: dict[str, Divergence] = {"exact": Exact(), "hutchinson": Hutchinson()}
+    if divergence in names:
+        return names[divergence]
+    near = difflib.get_close_matches(divergence, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"divergence={divergence!r} is not known; use 'exact' or 'hutchinson'.{hint}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def _linearised(
+    field: Field,
+    t: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    trace: Callable[[Tensor, Tensor, bool], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """f and a function of its Jacobian, with a graph only where a gradient can be asked.
+
+    x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
+    differentiated under `no_grad` too and the caller's tensor is left alone.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own_leaf = not (differentiable and x.requires_grad)
+        x = x.detach().requires_grad_() if own_leaf else x
+        dx = field(t, x, context)
+        if not isinstance(dx, Tensor) or dx.shape != x.shape:
+            return dx, x.new_zeros(x.shape[0])  # the right-hand side will refuse dx
+        if own_leaf and differentiable:
+            differentiable = bool(unknown_leaves([dx], [x]))
+        if not dx.requires_grad:  # f is constant
+            return dx, x.new_zeros(x.shape[0])
+        div = trace(dx, x, differentiable)
+    return (dx, div) if differentiable else (dx.detach(), div.detach())
+
+
+def _products(dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
+    """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> (K, B, *event)."""
+    if len(vectors) > 1 and x.numel() > 0:
+        try:
+            return _grad(dx, x, vectors, create_graph, batched=True)
+        except (RuntimeError, NotImplementedError):
+            pass  # a backward pass that vmap cannot vectorise: one by one below
+    rows: Sequence[Tensor] = [_grad(dx, x, v, create_graph, batched=False) for v in vectors]
+    return torch.stack(tuple(rows))
+
+
+def _grad(dx: Tensor, x: Tensor, v: Tensor, create_graph: bool, *, batched: bool) -> Tensor:
+    (row,) = torch.autograd.grad(
+        dx,
+        x,
+        v,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    if row is None:  # f does not depend on x
+        return torch.zeros_like(v)
+    return row

@@ -1,0 +1,44 @@
+"""The exceptions of `cnf` that are not plain `ValueError` or `TypeError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["CheckpointError", "SolverError", "TrainingError"]
+
+
+class SolverError(RuntimeError):
+    """An ODE solve that could not reach its end time, with the cause.
+
+    Attributes:
+        status: "non_finite_field", "blow_up", "step_underflow" or "too_many_steps".
+        t: time that the solve had reached.
+        dt: the step that it tried last (0.0 before the first one).
+        nfe: function evaluations spent.
+        samples: indices (into the flattened batch) of the samples at fault, ten at most.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: str,
+        t: float,
+        dt: float = 0.0,
+        nfe: int = 0,
+        samples: Sequence[int] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.t = t
+        self.dt = dt
+        self.nfe = nfe
+        self.samples = tuple(samples)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or does not fit the model."""
+
+
+class TrainingError(RuntimeError):
+    """A training run that cannot go on, such as one whose loss is not finite."""

@@ -1,0 +1,110 @@
+"""What a vector field is, and how a user's function of (t, x) or (t, x, context) becomes one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+__all__ = ["Field", "VectorField", "check_sizes", "context_use"]
+
+Field = Callable[..., Tensor]
+"""f(t, x) or f(t, x, context) -> dx; t (), x (B, *event), context (B, C), dx (B, *event)."""
+
+
+class VectorField(nn.Module):
+    """A vector field dx/dt = f(t, x, context) that knows its shapes.
+
+    To write one that checks its input, inherit, and
+
+    1. call `super().__init__(features, context)`;
+    2. write `derivative(t, x, context)`: t (), x (B, D) flattened, context (B, C) or
+       None -> (B, D).
+
+    Any module or function of (t, x) or (t, x, context) works without inheriting.
+
+    Attributes:
+        event_shape: shape of one sample.
+        context: number of context features, 0 for none.
+    """
+
+    def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        shape = (features,) if isinstance(features, int) else tuple(features)
+        check_sizes("features", shape)
+        if isinstance(context, bool) or not isinstance(context, int) or context < 0:
+            raise ValueError(f"context={context!r} must be a number of features, 0 for none")
+        self.event_shape = shape
+        self.context = context
+
+    @property
+    def dims(self) -> int:
+        """The number of dimensions of one sample."""
+        return math.prod(self.event_shape)
+
+    def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """dx/dt (B, D) at x (B, D)."""
+        raise TypeError(f"{type(self).__name__} must define derivative(t, x, context)")
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (B, *event) at time t () and state x (B, *event), given context (B, C)."""
+        self._check(x, context)
+        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
+        return self.derivative(t, flat, context).reshape(x.shape)
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        if x.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected (B, {str(self.event_shape)[1:-1]})"
+            )
+        if context is None and self.context:
+            raise ValueError(
+                f"context is missing: this field was built with context={self.context}; "
+                f"pass context of shape (..., {self.context})"
+            )
+        if context is not None and not self.context:
+            raise ValueError(
+                f"context of shape {tuple(context.shape)} was given, but this field takes none; "
+                f"build it with context={context.shape[-1]}"
+            )
+        if context is not None and context.shape[-1] != self.context:
+            raise ValueError(
+                f"context has {context.shape[-1]} features, expected context={self.context}"
+            )
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Refuse sizes that are not positive integers."""
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"{name}={tuple(sizes)!r} must be positive integers")
+
+
+def context_use(field: Field) -> Literal["none", "optional", "required"]:
+    """Whether a field is a function of (t, x, context), and may be called without context.
+
+    Raises:
+        TypeError: if it is a function of neither (t, x) nor (t, x, context).
+
+    Example:
+        >>> context_use(lambda t, x: -x), context_use(lambda t, x, context: -x)
+        ('none', 'required')
+    """
+    if not callable(field):
+        raise TypeError(f"field must be a function or module, got {type(field).__name__}")
+    function = field.forward if isinstance(field, nn.Module) else field
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # a builtin without a signature
+        return "none"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(required) > 3 or (len(positional) < 2 and not variadic):
+        names = ", ".join(p.name for p in parameters)
+        raise TypeError(f"field must be a function of (t, x) or (t, x, context), got ({names})")
+    if len(required) == 3:
+        return "required"
+    return "optional" if variadic or len(positional) >= 3 else "none"

@@ -1,0 +1,229 @@
+"""`Flow`: a base density and a transform; and its view as a torch distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from cnf.base import Base, as_base
+from cnf.distribution import FlowDistribution
+from cnf.divergence import Divergence, as_divergence
+from cnf.ode import Solver, TorchDiffEq
+from cnf.transforms.base import Choices, Transform
+from cnf.transforms.continuous import as_solver
+
+__all__ = ["Flow"]
+
+
+class Flow(nn.Module):
+    """A normalizing flow: x = f(z), z ~ p_0, with f invertible.
+
+        log p(x) = log p_0(f^-1(x)) + log |det df^-1/dx|
+
+    Every method takes `divergence=`, `solver=` and `generator=` for that call alone: they reach
+    every `CNF` in the transform. With Hutchinson's estimator `log_prob` is random, unbiased, and
+    exactly repeated by a generator of the same seed.
+
+    Args:
+        base: a base module, such as `StandardNormal(2)`, or a torch distribution.
+        transform: from base to data.
+
+    Raises:
+        TypeError: an argument of another kind.
+
+    Example:
+        >>> import cnf
+        >>> flow = cnf.Flow(cnf.StandardNormal(2), cnf.CNF(cnf.MLPField(2)))
+        >>> x = flow.sample((5,))
+        >>> x.shape, flow.log_prob(x, divergence="exact").shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(self, base: Base | Distribution, transform: Transform) -> None:
+        super().__init__()
+        if not isinstance(transform, Transform):
+            raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
+        self.base = as_base(base)
+        self.transform = transform
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.base.event_shape
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **choices: Any) -> Tensor:
+        """`log_prob`, so that DDP and compilers wrap a flow as any module."""
+        return self.log_prob(x, context, **choices)
+
+    def log_prob(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+        on_nonfinite: str = "raise",
+    ) -> Tensor:
+        """Log-density (*batch,) of x (*batch, *event).
+
+        Args:
+            x: data.
+            context: conditions (*batch, C), or broadcastable to it.
+            divergence: "exact", "hutchinson" or a `Divergence`, for this call.
+            solver: a solver, for this call.
+            generator: source of the estimator's noise.
+            on_nonfinite: "raise" refuses rows of x that are not finite; "nan" gives them NaN, and
+                the others the value that they have without them.
+
+        Raises:
+            SolverError: a solve that cannot end.
+            TypeError: x of a wrong dtype.
+            ValueError: x of a wrong shape or not finite.
+        """
+        self._check_shape(x)
+        choices = _choices(divergence, solver, generator)
+        if on_nonfinite == "nan":
+            return self._log_prob_of_finite(x, context, choices)
+        if on_nonfinite != "raise":
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; use 'raise' or 'nan'")
+        z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
+        return self.base.log_prob(z) + log_det
+
+    def sample(
+        self,
+        shape: tuple[int, ...] | int = (),
+        context: Tensor | None = None,
+        *,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples (*shape, *context_batch, *event), without gradient.
+
+        Args:
+            shape: how many; an int n means (n,).
+            context: conditions (*context_batch, C).
+            solver: a solver, for this call.
+            generator: source of randomness.
+        """
+        with torch.no_grad():
+            return self.rsample(shape, context, solver=solver, generator=generator)
+
+    def rsample(
+        self,
+        shape: tuple[int, ...] | int = (),
+        context: Tensor | None = None,
+        *,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples as `sample`, differentiable in parameters and context (reparameterised)."""
+        z = self._draw(shape, context, generator)
+        return self.transform.forward(z, context, **_choices(None, solver, None))
+
+    def sample_and_log_prob(
+        self,
+        shape: tuple[int, ...] | int = (),
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples and their log-densities from one solve, without gradient.
+
+        Returns:
+            x (*shape, *context_batch, *event) and log p(x) (*shape, *context_batch).
+        """
+        with torch.no_grad():
+            return self.rsample_and_log_prob(
+                shape, context, divergence=divergence, solver=solver, generator=generator
+            )
+
+    def rsample_and_log_prob(
+        self,
+        shape: tuple[int, ...] | int = (),
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`sample_and_log_prob`, differentiable in parameters and context (reparameterised)."""
+        z = self._draw(shape, context, generator)
+        choices = _choices(divergence, solver, generator)
+        x, log_det = self.transform.forward_and_log_det(z, context, **choices)
+        return x, self.base.log_prob(z) - log_det
+
+    def distribution(self, context: Tensor | None = None, **choices: Any) -> FlowDistribution:
+        """The flow, given context, as a `torch.distributions.Distribution`.
+
+        Args:
+            context: conditions (*batch, C); the batch is the distribution's batch shape.
+            choices: `divergence=`, `solver=`, `generator=` for all its calls.
+
+        Example:
+            >>> import cnf
+            >>> q = cnf.FFJORD(2, context=3).distribution(torch.randn(4, 3))
+            >>> q.batch_shape, q.event_shape, q.rsample((10,)).shape
+            (torch.Size([4]), torch.Size([2]), torch.Size([10, 4, 2]))
+        """
+        return FlowDistribution(self, context, **choices)
+
+    def _draw(
+        self,
+        shape: tuple[int, ...] | int,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Base samples (*shape, *context_batch, *event)."""
+        batch = () if context is None else tuple(context.shape[:-1])
+        return self.base.rsample((*_sample_shape(shape), *batch), generator)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
+        event = self.event_shape
+        if x.ndim < len(event) or tuple(x.shape[x.ndim - len(event) :]) != event:
+            expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
+
+    def _log_prob_of_finite(self, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
+        """Log-density (*batch,), NaN for the rows of x that are not finite."""
+        batch = x.shape[: x.ndim - len(self.event_shape)]
+        finite = x.isfinite().reshape(*batch, -1).all(-1)
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1])[finite]
+        z, log_det = self.transform.inverse_and_log_det(x[finite], context, **choices)
+        known = self.base.log_prob(z) + log_det
+        return x.new_full(batch, float("nan")).masked_scatter(finite, known)
+
+
+def _choices(
+    divergence: str | Divergence | None,
+    solver: Solver | TorchDiffEq | None,
+    generator: torch.Generator | None,
+) -> Choices:
+    """What a call chose, checked, and nothing else."""
+    choices: Choices = {}
+    if divergence is not None:
+        choices["divergence"] = as_divergence(divergence)
+    if solver is not None:
+        choices["solver"] = as_solver(solver)
+    if generator is not None:
+        choices["generator"] = generator
+    return choices
+
+
+def _sample_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
+    """The shape of samples, checked; an int n means (n,)."""
+    sizes = (shape,) if isinstance(shape, (int, float)) else tuple(shape)
+    for n in sizes:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"sample shape {shape!r} must be integers")
+        if n < 0:
+            raise ValueError(f"sample shape {shape!r} must not be negative")
+    return sizes

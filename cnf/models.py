@@ -1,0 +1,82 @@
+"""Models: constructors that compose bases, transforms and fields; every one is a `Flow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributions import Distribution
+
+from cnf.base import Base, StandardNormal
+from cnf.divergence import Divergence
+from cnf.fields import MLPField
+from cnf.fields.base import check_sizes
+from cnf.flow import Flow
+from cnf.ode import Solver, TorchDiffEq
+from cnf.transforms import CNF, Compose, Transform
+
+__all__ = ["FFJORD"]
+
+
+class FFJORD(Flow):
+    """A free-form continuous flow: one or more neural ODEs from a normal density to the data.
+
+        dx/dt = f(t, x, context),    log p(x) = log p_0(z) - int_0^1 div f dt
+
+    Args:
+        features: dimensions of a sample, D, or its shape, such as (C, H, W).
+        hidden: widths of the hidden layers of each field.
+        blocks: number of CNF blocks, one after the other.
+        context: number of context features, 0 for none.
+        divergence: "hutchinson" (FFJORD's estimator), "exact", or a `Divergence`.
+        solver: the choices of the solve; None for `Solver()`.
+        field: what makes a field, called as field(features, hidden, context=..., **options):
+            `MLPField`, `ConcatSquashField`, or your own.
+        base: base density; None for the standard normal.
+        options: passed to `field`, such as activation="softplus".
+
+    Raises:
+        TypeError: an argument of a wrong kind.
+        ValueError: a size that is not positive, or a choice that is not known.
+
+    Reference: Grathwohl et al., arXiv 1810.01367.
+
+    Example:
+        >>> import torch
+        >>> flow = FFJORD(2, hidden=(32, 32))
+        >>> loss = -flow.log_prob(torch.randn(16, 2)).mean()
+        >>> loss.backward()
+        >>> flow.sample((1000,)).shape
+        torch.Size([1000, 2])
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        hidden: Sequence[int] = (64, 64),
+        *,
+        blocks: int = 1,
+        context: int = 0,
+        divergence: str | Divergence = "hutchinson",
+        solver: Solver | TorchDiffEq | None = None,
+        field: Callable[..., nn.Module] = MLPField,
+        base: Base | Distribution | None = None,
+        **options: Any,
+    ) -> None:
+        event_shape = (features,) if isinstance(features, int) else tuple(features)
+        check_sizes("features", event_shape)
+        check_sizes("blocks", (blocks,))
+        steps: list[Transform] = [
+            CNF(
+                field(features, hidden, context=context, **options),
+                divergence,
+                solver,
+                event_dims=len(event_shape),
+            )
+            for _ in range(blocks)
+        ]
+        super().__init__(
+            StandardNormal(*event_shape) if base is None else base,
+            steps[0] if blocks == 1 else Compose(*steps),
+        )

@@ -1,0 +1,131 @@
+"""Step size control: the error norm, the first step, and the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.ode.methods import Tableau
+from cnf.ode.rhs import Derivative
+from cnf.ode.step import Clock, Step, combine
+
+__all__ = ["Controller", "Tolerance", "first_step"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The error norm of a solve: how large an error is, in units of what is tolerated.
+
+    A sample's error is the root mean square over its event of error / (atol + rtol |x|), or the
+    same of its controlled quadratures where that is larger. The norm is the largest over the
+    batch, so that one hard sample is not diluted by easy ones.
+
+    Attributes:
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        batch_dims: leading dimensions that index samples.
+        controlled: how many quadratures, counted from the first, are held to the tolerance; None
+            for all of them.
+    """
+
+    rtol: float
+    atol: float
+    batch_dims: int
+    controlled: int | None
+
+    def per_sample(self, value: Tensor, *scales: Tensor) -> Tensor:
+        """Root mean square over the event of value / (atol + rtol max |scale|), (*batch,)."""
+        magnitude = scales[0].abs()
+        for other in scales[1:]:
+            magnitude = torch.maximum(magnitude, other.abs())
+        ratio = value / (self.rtol * magnitude + max(self.atol, torch.finfo(value.dtype).tiny))
+        ratio = ratio.reshape(*value.shape[: self.batch_dims], -1)
+        if ratio.shape[-1] == 0:
+            return ratio.new_zeros(ratio.shape[:-1])
+        return ratio.square().mean(-1).sqrt()
+
+    @torch.no_grad()
+    def error(self, method: Tableau, x: Tensor, q: Tensor | None, step: Step, h: float) -> Tensor:
+        """The error estimate of a step, per sample (*batch,)."""
+        estimate = combine(method.e, step.slopes, h)
+        if estimate is None:  # a tableau whose two solutions agree has no error to control
+            return x.new_zeros(x.shape[: self.batch_dims])
+        error = self.per_sample(estimate, x, step.x)
+        if self.controlled == 0 or step.dq is None:
+            return error
+        estimate = combine(method.e, step.rates, h)
+        if estimate is None:
+            return error
+        before = torch.zeros_like(step.dq) if q is None else q
+        parts = (estimate, before, before + step.dq)
+        for i in range(estimate.shape[-1] if self.controlled is None else self.controlled):
+            own = self.per_sample(*(part[..., i : i + 1] for part in parts))
+            error = torch.maximum(error, own)  # each for itself: none dilutes another
+        return error
+
+
+@dataclass
+class Controller:
+    """A PI controller for the step size (Gustafsson 1991; Hairer & Wanner, section IV.2).
+
+    factor = 0.9 error^(-0.85 / p) previous_error^(0.2 / p), within [0.2, 10], and at most 1 in the
+    step after a rejection (the exponents of Hairer's DOPRI5).
+    """
+
+    order: int
+    previous_error: float = 1.0
+    rejections: int = 0
+
+    def after_acceptance(self, error: float) -> float:
+        """The factor from this step's size to the next one's."""
+        error = max(error, 1e-10)
+        factor = 0.9 * error ** (-0.85 / self.order) * self.previous_error ** (0.2 / self.order)
+        limit = 1.0 if self.rejections else 10.0
+        self.previous_error, self.rejections = max(error, 1e-4), 0
+        return min(limit, max(0.2, factor))
+
+    def after_rejection(self, error: float) -> float:
+        """The factor from the refused step's size to the next try's."""
+        self.rejections += 1
+        if not error < float("inf"):  # NaN or infinite: no information but 'too far'
+            return 0.2
+        return min(0.9, max(0.2, 0.9 * error ** (-1.0 / self.order)))
+
+
+@torch.no_grad()
+def first_step(
+    f: Callable[[Tensor, Tensor], Derivative],
+    order: int,
+    clock: Clock,
+    tolerance: Tolerance,
+    x: Tensor,
+    dx: Tensor,
+) -> float:
+    """A first step size, not negative (Hairer, Norsett & Wanner, section II.4).
+
+    It costs one evaluation, at the end of an Euler step inside the span. The smallest over the
+    batch counts. NaN where dx is not finite or overflows the norm.
+    """
+    span = clock.end - clock.start
+    if x.numel() == 0:
+        return abs(span)
+    d0 = tolerance.per_sample(x, x)
+    d1 = tolerance.per_sample(dx, x)
+    guess = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
+    h0 = min(guess.min().item(), abs(span))
+    if not h0 > 0:
+        return float("nan")
+    h = h0 if span > 0 else -h0
+    moved, _ = f(clock.times([clock.start + h], x)[0], torch.add(x, dx, alpha=h))
+    d2 = tolerance.per_sample(moved - dx, x) / h0
+    steepest = torch.maximum(d1, d2)
+    h1 = torch.where(
+        steepest <= 1e-15,
+        torch.full_like(d0, max(1e-6, h0 * 1e-3)),
+        (0.01 / steepest) ** (1.0 / order),
+    )
+    best = h1.nan_to_num(h0, h0, h0).min().item()
+    return min(100 * h0, best, abs(span))

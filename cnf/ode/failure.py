@@ -1,0 +1,111 @@
+"""Why a solve failed: the cause, where, which samples, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.errors import SolverError
+from cnf.ode.solver import Solver
+from cnf.ode.stats import SolveStats
+
+__all__ = ["Failure", "samples_of"]
+
+_BLOW_UP = 1e6  # growth of the largest state that no useful flow shows
+
+_REMEDIES = {
+    "non_finite_field": "check the weights and inputs for NaN or Inf and the field for divisions, "
+    "logarithms or overflow; a lower learning rate or gradient clipping prevents it in training",
+    "blow_up": "the solution leaves every bound in finite time; bound the field (for example by "
+    "tanh layers), regularise it, or shorten the time span",
+    "step_underflow": "the field is stiff or discontinuous there; regularise it or use smooth "
+    "activations, loosen rtol and atol, or use float64",
+    "too_many_steps": "the field is stiff or the tolerance tight; regularise it, loosen rtol and "
+    "atol, or raise max_steps",
+}
+
+_WHAT = {
+    "non_finite_field": "the vector field returned NaN or Inf",
+    "blow_up": "the state blew up",
+    "step_underflow": "the step size fell below the resolution of time",
+    "too_many_steps": "the limit of steps was reached",
+}
+
+
+def samples_of(bad: Tensor) -> list[int]:
+    """The first ten indices of the true entries of a mask, flattened."""
+    return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)[:10]]
+
+
+@dataclass
+class Failure:
+    """Tells the causes of failure apart, from what the solve last saw.
+
+    Attributes:
+        solver: the choices of the solve.
+        stats: its statistics.
+        start: largest |x| at the start.
+        batch_dims: leading dimensions that index samples.
+    """
+
+    solver: Solver
+    stats: SolveStats
+    start: float
+    batch_dims: int
+
+    def error(
+        self,
+        status: str,
+        t: float,
+        dt: float,
+        x: Tensor,
+        slopes: list[Tensor],
+        errors: Tensor | None = None,
+    ) -> SolverError:
+        """The error to raise.
+
+        Args:
+            status: what the loop saw, refined here by what x and slopes show.
+            t: time reached.
+            dt: step tried last.
+            x: state reached.
+            slopes: derivatives at the stages tried last, those of the quadratures included.
+            errors: error estimate per sample of the step tried last.
+        """
+        status, bad = self._cause(status, x, slopes, errors)
+        samples = samples_of(bad)
+        self.stats.status = status
+        limit = f" (max_steps={self.solver.max_steps})" if status == "too_many_steps" else ""
+        total = int(bad.sum())
+        return SolverError(
+            f"{_WHAT[status]} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
+            f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
+            f"{self.stats.nfe} evaluations; {total} of {bad.numel()} samples at fault, "
+            f"first indices {samples}]. Remedy: {_REMEDIES[status]}.",
+            status=status,
+            t=t,
+            dt=dt,
+            nfe=self.stats.nfe,
+            samples=samples,
+        )
+
+    def _cause(
+        self, status: str, x: Tensor, slopes: list[Tensor], errors: Tensor | None
+    ) -> tuple[str, Tensor]:
+        sizes = self._per_sample(x.detach().abs()).amax(-1)
+        grown = ~(sizes <= _BLOW_UP * max(1.0, self.start))
+        if grown.any():
+            return "blow_up", grown
+        bad = torch.zeros_like(grown)
+        for k in slopes:
+            bad |= ~self._per_sample(k.detach()).isfinite().all(-1)
+        if bad.any():
+            return "non_finite_field", bad
+        if errors is None:
+            return status, torch.ones_like(bad)
+        return status, errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
+
+    def _per_sample(self, value: Tensor) -> Tensor:
+        return value.reshape(*value.shape[: self.batch_dims], -1)

@@ -1,0 +1,101 @@
+"""The choices of a solve, as one immutable value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cnf.ode.methods import Tableau, tableau
+
+__all__ = ["ErrorControl", "Gradient", "Solver", "check_choice", "check_tolerances"]
+
+Gradient = Literal["backprop", "checkpoint", "adjoint"]
+ErrorControl = Literal["log_det", "state"]
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of `choices`, naming the nearest one."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(choices)}.{hint}")
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Refuse tolerances that are negative, not finite, or both zero."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value} must be finite and not negative, such as 1e-5")
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol=0 and atol=0 ask for an exact solve; set one of them, such as 1e-5")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse a number that is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How to solve an ODE: the method, its accuracy, its limits, and how gradients are taken.
+
+    A frozen value: `dataclasses.replace(solver, rtol=1e-8, atol=1e-8)` tightens an evaluation.
+
+    Args:
+        method: "euler", "midpoint", "heun", "rk4" (fixed `steps`), or "bosh3", "dopri5",
+            "tsit5", "dopri8" (adaptive).
+        rtol: relative tolerance of the local error (adaptive methods).
+        atol: absolute tolerance of the local error (adaptive methods).
+        steps: number of equal steps (fixed methods).
+        max_steps: limit on tried steps, accepted and rejected (adaptive methods).
+        gradient: "backprop" keeps the graph: the exact gradient of the computed solution, second
+            derivatives included; "checkpoint" gives the same gradient but recomputes each accepted
+            step in the backward pass: memory of one step plus one state a step; "adjoint" solves
+            the continuous adjoint equation backwards (Chen et al., arXiv 1806.07366), its
+            parameter part left out of the error norm (Kidger et al., arXiv 2009.09457): constant
+            memory, a gradient that is only as good as the tolerances.
+        error_control: "log_det" holds the state and the log-determinant to the tolerances;
+            "state" only the state: fewer evaluations, a log-determinant without a promise.
+        first_step: size of the first step in units of time; None chooses it (adaptive methods).
+
+    Raises:
+        ValueError: a choice that is not known, or a number out of its range.
+
+    Example:
+        >>> import dataclasses
+        >>> solver = Solver("dopri5", rtol=1e-5, atol=1e-5)
+        >>> dataclasses.replace(solver, rtol=1e-8).rtol
+        1e-08
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    steps: int = 20
+    max_steps: int = 1000
+    gradient: Gradient = "backprop"
+    error_control: ErrorControl = "log_det"
+    first_step: float | None = None
+
+    def __post_init__(self) -> None:
+        tableau(self.method)
+        check_tolerances(self.rtol, self.atol)
+        check_count("steps", self.steps)
+        check_count("max_steps", self.max_steps)
+        check_choice("gradient", self.gradient, ("backprop", "checkpoint", "adjoint"))
+        check_choice("error_control", self.error_control, ("log_det", "state"))
+        if self.first_step is not None and not (
+            math.isfinite(self.first_step) and self.first_step > 0
+        ):
+            raise ValueError(f"first_step={self.first_step} must be positive (or None)")
+
+    @property
+    def tableau(self) -> Tableau:
+        """The Butcher tableau of the method."""
+        return tableau(self.method)

@@ -1,0 +1,8 @@
+"""Invertible maps with log-determinants; every flow is a base density and one of these."""
+
+from __future__ import annotations
+
+from cnf.transforms.base import Choices, Compose, Inverse, Transform
+from cnf.transforms.continuous import CNF
+
+__all__ = ["CNF", "Choices", "Compose", "Inverse", "Transform"]

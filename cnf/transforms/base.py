@@ -1,0 +1,189 @@
+"""`Transform`: an invertible map that returns its value and its log-determinant together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from cnf.divergence import Divergence
+    from cnf.ode import Solver, TorchDiffEq
+
+__all__ = ["Choices", "Compose", "Inverse", "Transform"]
+
+
+class Choices(TypedDict, total=False):
+    """What one call may choose anew for every `CNF` it reaches; absent means as built."""
+
+    divergence: str | Divergence
+    solver: Solver | TorchDiffEq
+    generator: torch.Generator
+
+
+class Transform(nn.Module, ABC):
+    """An invertible, differentiable map x = f(z), from base to data.
+
+    To add a kind, inherit, and
+
+    1. write `forward_and_log_det(z, context=None, **choices)`: x and log |det df/dz|;
+    2. write `inverse_and_log_det(x, context=None, **choices)`: z and log |det df^-1/dx|;
+    3. shapes: z, x (*batch, *event), log-determinants (*batch,), context (*batch, C);
+    4. `forward` and `inverse`, values only, follow; override them where the log-determinant costs;
+    5. `choices` concern transforms that solve ODEs: others ignore them, containers pass them on.
+
+    Assumed, not checked: each direction is the inverse of the other.
+    """
+
+    @abstractmethod
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """x = f(z) (*batch, *event) and log |det df/dz| (*batch,)."""
+
+    @abstractmethod
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """z = f^-1(x) (*batch, *event) and log |det df^-1/dx| (*batch,)."""
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """x = f(z), without the log-determinant."""
+        return self.forward_and_log_det(z, context, **choices)[0]
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """z = f^-1(x), without the log-determinant."""
+        return self.inverse_and_log_det(x, context, **choices)[0]
+
+
+class Compose(Transform):
+    """Several transforms, one after the other: f = f_K o ... o f_1.
+
+        log |det df/dz| = sum_k log |det df_k/dz_{k-1}|
+
+    Args:
+        transforms: f_1, ..., f_K, in the order from base to data; at least one.
+
+    Raises:
+        TypeError: an argument that is not a Transform.
+        ValueError: no argument.
+
+    Example:
+        >>> import cnf
+        >>> steps = [cnf.CNF(cnf.MLPField(2)) for _ in range(2)]
+        >>> x, log_det = Compose(*steps).forward_and_log_det(torch.randn(5, 2))
+        >>> x.shape, log_det.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(self, *transforms: Transform) -> None:
+        super().__init__()
+        if not transforms:
+            raise ValueError("Compose needs at least one transform")
+        for i, transform in enumerate(transforms):
+            if not isinstance(transform, Transform):
+                raise TypeError(
+                    f"transforms[{i}] must be a Transform, got {type(transform).__name__}"
+                )
+        self.transforms = nn.ModuleList(transforms)
+
+    def __iter__(self) -> Iterator[Transform]:
+        return iter(self.transforms)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """x = f(z) and the sum of the log-determinants."""
+        first, *rest = self
+        x, log_det = first.forward_and_log_det(z, context, **choices)
+        for transform in rest:
+            x, more = transform.forward_and_log_det(x, context, **choices)
+            log_det = log_det + more
+        return x, log_det
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """z = f^-1(x) and the sum of the log-determinants."""
+        *rest, last = self
+        z, log_det = last.inverse_and_log_det(x, context, **choices)
+        for transform in reversed(rest):
+            z, more = transform.inverse_and_log_det(z, context, **choices)
+            log_det = log_det + more
+        return z, log_det
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """x = f(z), without the log-determinant."""
+        for transform in self:
+            z = transform.forward(z, context, **choices)
+        return z
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """z = f^-1(x), without the log-determinant."""
+        for transform in reversed(list(self)):
+            x = transform.inverse(x, context, **choices)
+        return x
+
+
+class Inverse(Transform):
+    """A transform with its directions swapped.
+
+    Args:
+        transform: the transform to invert.
+
+    Raises:
+        TypeError: not a Transform.
+
+    Example:
+        >>> import cnf
+        >>> f = cnf.CNF(cnf.MLPField(2))
+        >>> z = torch.randn(5, 2)
+        >>> torch.equal(Inverse(f).inverse(z), f.forward(z))
+        True
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        if not isinstance(transform, Transform):
+            raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
+        self.transform = transform
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse of the transform within."""
+        return self.transform.inverse_and_log_det(z, context, **choices)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """The transform within."""
+        return self.transform.forward_and_log_det(x, context, **choices)
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """The inverse of the transform within, without the log-determinant."""
+        return self.transform.inverse(z, context, **choices)
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """The transform within, without the log-determinant."""
+        return self.transform.forward(x, context, **choices)

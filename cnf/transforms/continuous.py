@@ -1,0 +1,267 @@
+"""`CNF`: the flow of an ordinary differential equation as a transform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cnf.divergence import Divergence, as_divergence
+from cnf.errors import SolverError
+from cnf.fields.base import Field, context_use
+from cnf.ode import Solver, TorchDiffEq, odeint
+from cnf.ode.odeint import check_state
+from cnf.ode.rhs import Derivative
+from cnf.transforms.base import Choices, Transform
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CNF"]
+
+
+class CNF(Transform):
+    """The map of a vector field's flow over a span of time, with its log-determinant.
+
+        dx/dt = f(t, x, context),    d log_det/dt = div f
+
+    `forward` integrates from times[0] (base) to times[1] (data), `inverse` back; both return the
+    log-determinant of the map they applied.
+
+    Args:
+        field: a module or function f(t, x) or f(t, x, context) -> dx, with t (), x (B, *event),
+            context (B, C). A sample's dx must depend on no other sample. A plain function's
+            parameters are not seen by the module: register them, or use a module.
+        divergence: "exact", "hutchinson", or a `Divergence`.
+        solver: the choices of the solve; None for `Solver()`.
+        event_dims: number of trailing dimensions of a sample; None takes it from the field's
+            `event_shape`, or 1 where it has none. (C, H, W) has 3, scalars 0.
+        times: (base, data) times.
+
+    Shapes:
+        z, x (*batch, *event); context (*batch, C) or broadcastable to it; log_det (*batch,).
+
+    Raises:
+        SolverError: a solve that cannot end, with its cause.
+        TypeError: x of another dtype than float32, float64 or than the parameters' own.
+        ValueError: x not finite, of a wrong shape or device; context missing or not expected.
+
+    Reference: Chen et al., arXiv 1806.07366; Grathwohl et al., arXiv 1810.01367.
+
+    Example:
+        >>> f = CNF(lambda t, x: -x, divergence="exact")
+        >>> x, log_det = f.forward_and_log_det(torch.ones(1, 2))
+        >>> [round(v, 4) for v in (*x[0].tolist(), log_det.item())]
+        [0.3679, 0.3679, -2.0]
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        divergence: str | Divergence = "hutchinson",
+        solver: Solver | TorchDiffEq | None = None,
+        *,
+        event_dims: int | None = None,
+        times: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.context_use = context_use(field)
+        self.field = field
+        self.divergence = as_divergence(divergence)
+        self.solver = as_solver(solver)
+        shape = getattr(field, "event_shape", None)
+        if event_dims is None:
+            event_dims = 1 if shape is None else len(shape)
+        elif isinstance(event_dims, bool) or not isinstance(event_dims, int) or event_dims < 0:
+            raise ValueError(f"event_dims={event_dims!r} must be a number of dimensions, 0 or more")
+        self.event_dims = event_dims
+        self.times = times
+
+    def extra_repr(self) -> str:
+        """The choices, for `print`."""
+        return f"divergence={self.divergence}, solver={self.solver}, times={self.times}"
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """x at the data time and log |det dx/dz|."""
+        return self._solve(z, context, self.times, choices, log_det=True)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """z at the base time and log |det dz/dx|."""
+        return self._solve(x, context, self.times[::-1], choices, log_det=True)
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """x at the data time; the divergence is not computed."""
+        return self._solve(z, context, self.times, choices, log_det=False)[0]
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """z at the base time; the divergence is not computed."""
+        return self._solve(x, context, self.times[::-1], choices, log_det=False)[0]
+
+    def _solve(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        times: tuple[float, float],
+        choices: Choices,
+        *,
+        log_det: bool,
+    ) -> tuple[Tensor, Tensor]:
+        unknown = sorted(choices.keys() - Choices.__annotations__.keys())
+        if unknown:
+            known = ", ".join(Choices.__annotations__)
+            raise TypeError(f"{', '.join(unknown)} cannot be chosen in a call; choose {known}")
+        if torch.is_inference_mode_enabled():
+            # A divergence needs autograd, which inference mode forbids.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._solve(x, context, times, choices, log_det=log_det)
+        x, context = _normal(x), None if context is None else _normal(context)
+        check_state(x, self.event_dims)
+        self._check_like_parameters(x)
+        n = x.ndim - self.event_dims
+        batch, event = x.shape[:n], x.shape[n:]
+        context = self._batch_context(context, batch, x)
+        flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
+        end, log_dets = self._integrate(flat, context, times, choices, log_det=log_det)
+        return end.reshape(x.shape), log_dets.reshape(batch)
+
+    def _integrate(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        times: tuple[float, float],
+        choices: Choices,
+        *,
+        log_det: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, *event) carried through times, and its log-determinant (B,), zero if not asked."""
+        divergence = as_divergence(choices.get("divergence", self.divergence))
+        solver = as_solver(choices.get("solver", self.solver))
+        noise = divergence.sample_noise(x, choices.get("generator")) if log_det else None
+        field = _BoundField(self.field)
+
+        def derivative(t: Tensor, x: Tensor) -> Derivative:
+            if not log_det:
+                return field(t, x, context), None
+            dx, div = divergence(field, t, x, context, noise)
+            return dx, div.unsqueeze(-1)
+
+        parameters = [] if context is None else [context]
+        if isinstance(self.field, nn.Module):
+            parameters += list(self.field.parameters())
+        try:
+            solution = odeint(derivative, x, *times, solver, controlled=1, parameters=parameters)
+        except SolverError as error:
+            raise self._explained(error) from error.__cause__
+        log_dets = solution.quadratures
+        return solution.x, x.new_zeros(len(x)) if log_dets is None else log_dets.squeeze(-1)
+
+    def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
+        """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
+        if context is None:
+            if self.context_use == "required":
+                raise ValueError(
+                    "context is missing: the field is a function of (t, x, context); "
+                    "pass context of shape (*batch, C)"
+                )
+            return None
+        if self.context_use == "none":
+            raise ValueError(
+                f"context of shape {tuple(context.shape)} was given, but the field is a function "
+                "of (t, x) alone; leave context out or use a field f(t, x, context)"
+            )
+        if context.dtype != x.dtype or context.device != x.device:
+            raise TypeError(
+                f"context is {context.dtype} on {context.device}, but x is {x.dtype} on "
+                f"{x.device}; use context.to(x)"
+            )
+        if context.ndim == 0:
+            raise ValueError(
+                "context must have the shape (..., C), got a tensor without dimensions"
+            )
+        try:
+            context = context.expand(*batch, context.shape[-1])
+        except RuntimeError:
+            raise ValueError(
+                f"context of shape {tuple(context.shape)} does not broadcast against the batch "
+                f"{tuple(batch)}; expected (*batch, C)"
+            ) from None
+        return context.reshape(batch.numel(), context.shape[-1])
+
+    def _check_like_parameters(self, x: Tensor) -> None:
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            return
+        if parameter.device != x.device:
+            raise ValueError(
+                f"x is on {x.device} but the parameters are on {parameter.device}; "
+                f"use x.to({str(parameter.device)!r}) or module.to({str(x.device)!r})"
+            )
+        if parameter.is_floating_point() and parameter.dtype != x.dtype:
+            raise TypeError(
+                f"x is {x.dtype} but the parameters are {parameter.dtype}; use "
+                f"x.to({parameter.dtype}) or module.to({x.dtype})"
+            )
+
+    def _explained(self, error: SolverError) -> SolverError:
+        """The error, with the name of the first parameter that is not finite."""
+        for name, parameter in self.named_parameters():
+            if error.status == "non_finite_field" and not parameter.isfinite().all():
+                message = f"{error} The parameter {name} is not finite."
+                return SolverError(
+                    message,
+                    status=error.status,
+                    t=error.t,
+                    dt=error.dt,
+                    nfe=error.nfe,
+                    samples=error.samples,
+                )
+        return error
+
+
+class _BoundField:
+    """A field as f(t, x, context), whichever of the two signatures it has."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+        if hasattr(field, "with_divergence"):
+            self.with_divergence = field.with_divergence
+        self.replaced: dict[str, Tensor] = {}
+        if isinstance(field, nn.Module):
+            tensors = [*field.named_parameters(), *field.named_buffers()]
+            self.replaced = {name: p.clone() for name, p in tensors if p.is_inference()}
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        arguments = (t, x) if context is None else (t, x, context)
+        if self.replaced and isinstance(self.field, nn.Module):
+            return torch.func.functional_call(self.field, self.replaced, arguments)
+        return self.field(*arguments)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may use: a copy, where it was made in inference mode."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
+def as_solver(solver: Solver | TorchDiffEq | None) -> Solver | TorchDiffEq:
+    """The solver, or the default one for None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if solver is None:
+        return Solver()
+    if not isinstance(solver, (Solver, TorchDiffEq)):
+        hint = f"; use cnf.Solver({solver!r})" if isinstance(solver, str) else ""
+        raise TypeError(
+            f"solver must be a cnf.Solver or cnf.TorchDiffEq, got {type(solver).__name__}{hint}"
+        )
+    return solver
