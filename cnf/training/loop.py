@@ -1,0 +1,201 @@
+"""The training loop: draw a batch, take a step, and now and then validate, write down and save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from cnf.training.average import moving_average
+from cnf.training.batches import make_batches
+from cnf.training.folder import RunFolder
+from cnf.training.log import Log, ProgressBar
+from cnf.training.result import FitResult, Reason
+from cnf.training.run import Progress, Run
+from cnf.training.signals import Caught, stop_on_signals
+from cnf.training.step import take_step
+
+__all__ = ["fit"]
+
+Validate = Callable[[nn.Module], float | Tensor]
+
+
+def fit(
+    objective: nn.Module,
+    train: Tensor | Callable[[int, torch.Generator], Tensor],
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    clip_grad_norm: float | None = None,
+    ema_decay: float = 0.999,
+    validate: Validate | None = None,
+    validate_every: int = 500,
+    patience: int | None = None,
+    max_time: float | None = None,
+    out: str | Path | None = None,
+    resume: bool | str | Path = False,
+    config: Mapping[str, Any] | None = None,
+    log_every: int = 10,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Minimise `objective(batch)` over batches of `train`.
+
+    A run with `out` writes there `last.safetensors` (every `validate_every` steps and at the end),
+    `best.safetensors` (at the lowest validation loss) and `log.jsonl`. A run that was interrupted
+    and resumed, in another process and with whatever seed there, has bit for bit the weights of one
+    that was not. The global random state is used and never reseeded: call `torch.manual_seed`
+    before. Validation leaves it as it was.
+
+    SIGINT or SIGTERM ends the run after its step with `last` saved; a second one raises
+    `KeyboardInterrupt` at once.
+
+    Args:
+        objective: Module whose forward maps a batch to a scalar loss.
+        train: Rows of data, (N, *event), or a function that draws new samples,
+            `(batch_size, generator) -> (batch_size, *event)`.
+        steps: Optimiser steps, those before a resume included.
+        batch_size: Rows of a batch; at most N are used.
+        optimizer: Adam with learning rate 1e-3 by default.
+        scheduler: Stepped after every step.
+        clip_grad_norm: Largest norm of the gradient.
+        ema_decay: Decay of the moving average of the weights, see `moving_average`.
+        validate: Maps the averaged objective to a loss, lower is better. Gradients are recorded
+            unless it says `torch.no_grad()`.
+        validate_every: Steps between validations, and between saves.
+        patience: Stop after so many validations without a new best one.
+        max_time: Stop after so many seconds of this call.
+        out: Folder of the run. One that holds a run already is refused, unless it is resumed.
+        resume: Continue from `last.safetensors` of `out`, or from the checkpoint of that name.
+        config: Plain values to keep with the run. When it is resumed they must be the same, but for
+            those that do not change its course (`steps`, `out`, ...: `cnf.training.run.FREE`).
+        log_every: Steps between lines of the log.
+        seed: Of the order of the data, or of the generator given to `train`. A resumed run keeps
+            that of its first call.
+        device: Where to move the objective and the batches; by default where the objective is.
+        progress: Show a progress bar.
+
+    Raises:
+        TrainingError: The loss, its gradient or the weights are not finite. The last good
+            checkpoint stays.
+        CheckpointError: A checkpoint cannot be written, read, or belongs to another run.
+        SolverError: A solve failed; from Python 3.11 on a note names the last good checkpoint.
+
+    Example:
+        >>> class Distance(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.center = nn.Parameter(torch.zeros(2))
+        ...     def forward(self, x):
+        ...         return (x - self.center).square().mean()
+        >>> result = fit(Distance(), torch.ones(10, 2), steps=20, batch_size=5, progress=False)
+        >>> result.stopped, result.step
+        ('steps', 20)
+    """
+    _check_counts(steps=steps, validate_every=validate_every, log_every=log_every)
+    _check_choices(validate, patience=patience, clip_grad_norm=clip_grad_norm, scheduler=scheduler)
+    batches = make_batches(train, batch_size=batch_size, seed=seed)
+    objective.to(device or next(objective.parameters()).device).train()
+    optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=1e-3)
+    ema = moving_average(objective, ema_decay)
+    settings = {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay}
+    run = Run(objective, ema, optimizer, scheduler, batches, settings, config or {})
+    folder = RunFolder(out)
+    folder.begin(run, resume)
+    end = _End(steps, patience, max_time, time.monotonic())
+    with (
+        stop_on_signals() as caught,
+        Log(folder.log, step=run.progress.step) as log,
+        ProgressBar(show=progress, steps=steps, step=run.progress.step) as bar,
+        folder.mentioned_in_errors(),
+    ):
+        while (stopped := end.reached(run.progress, caught)) is None:
+            report = take_step(run, clip_grad_norm=clip_grad_norm)
+            bar.advance(report)
+            if run.progress.step % log_every == 0:
+                log.write({**asdict(report), "elapsed": run.progress.elapsed})
+            if run.progress.step % validate_every == 0:
+                better = validate is not None and _validate(run, validate, log, bar)
+                folder.save(run, best=better)
+        if folder.saved_step != run.progress.step:
+            last_look = stopped in ("steps", "max_time") and validate is not None
+            folder.save(run, best=last_look and _validate(run, validate, log, bar))
+    return FitResult.of(run, folder, stopped=stopped, signal=caught.number)
+
+
+@dataclass(frozen=True)
+class _End:
+    """When a run ends: after so many steps, stale validations, or seconds since `began`."""
+
+    steps: int
+    patience: int | None
+    max_time: float | None
+    began: float
+
+    def reached(self, progress: Progress, caught: Caught) -> Reason | None:
+        if caught.number is not None:
+            return "interrupted"
+        if progress.step >= self.steps:
+            return "steps"
+        if self.patience is not None and progress.stale >= self.patience:
+            return "patience"
+        if self.max_time is not None and time.monotonic() - self.began >= self.max_time:
+            return "max_time"
+        return None
+
+
+def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -> bool:
+    """Write down the loss of the averaged weights; true if it is the lowest so far.
+
+    The global random state is afterwards what it was before.
+    """
+    if validate is None or run.progress.validated_step == run.progress.step:
+        return False
+    began = time.monotonic()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        loss = float(torch.as_tensor(validate(run.ema.module)).detach())
+    old, step = run.progress, run.progress.step
+    old = replace(old, validated_step=step, elapsed=old.elapsed + time.monotonic() - began)
+    better = math.isfinite(loss) and (old.best_loss is None or loss < old.best_loss)
+    if better:
+        run.progress = replace(old, best_step=step, best_loss=loss, stale=0)
+    else:
+        run.progress = replace(old, stale=old.stale + 1)
+    log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed})
+    bar.validated(loss)
+    return better
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+
+
+def _check_choices(
+    validate: Validate | None,
+    *,
+    patience: int | None,
+    clip_grad_norm: float | None,
+    scheduler: LRScheduler | None,
+) -> None:
+    if patience is not None:
+        _check_counts(patience=patience)
+        if validate is None:
+            raise ValueError(f"patience={patience} counts validations: it needs validate=")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("scheduler is stepped after every step, which ReduceLROnPlateau cannot be")

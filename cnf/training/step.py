@@ -1,0 +1,95 @@
+"""One optimiser step, which either happens with finite numbers or does not happen."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import TrainingError
+from cnf.ode import record_solves
+from cnf.training.run import Run
+
+__all__ = ["StepReport", "take_step"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step has to say.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Of the batch, before the step.
+        grad_norm: Euclidean norm of the gradient, before it was clipped.
+        lr: Learning rate of the first parameter group in this step.
+        nfe_forward: Function evaluations of the forward solves of the step.
+        nfe_backward: Function evaluations of its backward solves.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    nfe_forward: int
+    nfe_backward: int
+
+
+def take_step(run: Run, *, clip_grad_norm: float | None) -> StepReport:
+    """Batch, gradient, optimiser, scheduler, average: in this order.
+
+    Raises:
+        TrainingError: The loss or its gradient is not finite. The weights are those before it.
+    """
+    began, step = time.monotonic(), run.progress.step + 1
+    batch = run.batches.next().to(run.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    with record_solves() as solves:
+        loss = run.objective(batch)
+        value = _finite_value(loss, step)
+        loss.backward()
+    limit = math.inf if clip_grad_norm is None else clip_grad_norm
+    norm = float(nn.utils.clip_grad_norm_(run.objective.parameters(), limit))
+    if not math.isfinite(norm):
+        raise TrainingError(_blame(run.objective, norm, step))
+    lr = float(run.optimizer.param_groups[0]["lr"])
+    run.optimizer.step()
+    if run.scheduler:
+        run.scheduler.step()
+    run.ema.update_parameters(run.objective)
+    nfe = {
+        kind: sum(solve.nfe for solve in solves if solve.kind == kind)
+        for kind in ("forward", "backward")
+    }
+    report = StepReport(step, value, norm, lr, nfe["forward"], nfe["backward"])
+    run.progress = run.progress.after(
+        report.nfe_forward, report.nfe_backward, time.monotonic() - began
+    )
+    return report
+
+
+def _finite_value(loss: object, step: int) -> float:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"objective(batch) must return a scalar Tensor, got {got}")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss of step {step} is {value}. "
+            "Lower the learning rate, clip the gradient, or look at the data."
+        )
+    return value
+
+
+def _blame(objective: nn.Module, norm: float, step: int) -> str:
+    grads = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    where = (
+        f", beginning with that of {bad[0]} ({len(bad)} of {len(grads)} parameters)" if bad else ""
+    )
+    return (
+        f"the norm of the gradient of step {step} is {norm}{where}. "
+        "Lower the learning rate or clip the gradient."
+    )

@@ -1,0 +1,377 @@
+"""The training loop: what it does, when it stops, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import CheckpointError, SolverError, TrainingError
+from cnf.training import fit, load_checkpoint, load_weights, moving_average
+from cnf.training.batches import make_batches
+
+from .noisy_run import Noisy, noisy_run
+
+
+class Quadratic(nn.Module):
+    """Half the squared distance to the data: its gradient is the distance, one row in every batch
+    is enough.
+    """
+
+    def __init__(self, trouble: Callable[[int, Tensor], Tensor] = lambda step, loss: loss) -> None:
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(2))
+        self.trouble = trouble
+        self.step = 0
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 2) -> ()
+        """Loss, after `trouble` had its way with it."""
+        self.step += 1
+        return self.trouble(self.step, 0.5 * (self.center - x).square().sum(-1).mean())
+
+
+def quick(objective: nn.Module, **options: Any) -> Any:
+    """`fit` on ones by gradient descent with rate 0.1, quietly."""
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    choices: dict[str, Any] = {
+        "steps": 20,
+        "batch_size": 5,
+        "optimizer": optimizer,
+        "progress": False,
+    }
+    return fit(objective, torch.ones(10, 2), **{**choices, **options})
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_gradient_descent_in_closed_form(tmp_path: Path) -> None:
+    objective = Quadratic()
+    result = quick(objective, out=tmp_path, log_every=5)
+    expected = 1 - 0.9**20
+    assert torch.allclose(objective.center, torch.full((2,), expected))
+    assert (result.stopped, result.step, result.signal, result.exit_code) == ("steps", 20, None, 0)
+    assert (result.best, result.best_step, result.last) == (
+        None,
+        None,
+        tmp_path / "last.safetensors",
+    )
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[0]["loss"] == pytest.approx(0.9**8)
+    assert lines[0]["grad_norm"] == pytest.approx(2**0.5 * 0.9**4)
+    assert set(lines[0]) == {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "nfe_forward",
+        "nfe_backward",
+        "elapsed",
+    }
+
+
+def test_clipping() -> None:
+    objective = Quadratic()
+    quick(objective, steps=3, clip_grad_norm=0.5)
+    assert float(objective.center.detach().norm()) == pytest.approx(0.1 * 3 * 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_average_in_closed_form(decay: float) -> None:
+    objective, center, average = Quadratic(), 0.0, 0.0
+    result = quick(objective, steps=30, ema_decay=decay)
+    for n in range(30):
+        center += 0.1 * (1 - center)
+        d = min(decay, (1 + n) / (10 + n)) if n > 0 else 0.0
+        average = d * average + (1 - d) * center
+    assert result.ema.center[0].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_average_copies_buffers_and_is_in_evaluation_mode() -> None:
+    objective = Noisy()
+    average = moving_average(objective, 0.9)
+    objective.calls += 3
+    average.update_parameters(objective)
+    assert average.module.calls == 3
+    assert not average.module.training
+    assert average.module.tied.weight is average.module.first.weight
+
+
+def test_every_row_once_per_epoch() -> None:
+    batches = make_batches(torch.arange(10), batch_size=4, seed=1)
+    drawn = torch.cat(
+        [batches.next() for _ in range(10)]
+    )  # four epochs, batches across their borders
+    epochs = drawn.reshape(4, 10)
+    assert all(epoch.sort().values.equal(torch.arange(10)) for epoch in epochs)
+    assert not epochs[0].equal(epochs[1])
+
+
+def test_batch_larger_than_the_data() -> None:
+    batches = make_batches(torch.arange(3), batch_size=100, seed=1)
+    assert batches.next().sort().values.tolist() == [0, 1, 2]
+    assert quick(Quadratic(), batch_size=1000).step == 20
+
+
+def test_function_as_data() -> None:
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(count, 2, generator=generator)
+
+    a, b, c = Quadratic(), Quadratic(), Quadratic()
+    for objective, seed in ((a, 1), (b, 1), (c, 2)):
+        fit(objective, draw, steps=5, batch_size=3, seed=seed, progress=False)
+    assert a.center.equal(b.center)
+    assert not a.center.equal(c.center)
+
+
+def test_global_random_state_is_not_reseeded_and_validation_draws_none_of_it() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    quick(Quadratic(), validate=lambda ema: torch.randn(1), validate_every=3)
+    assert torch.randn(3).equal(expected)
+
+
+def test_best_checkpoint_holds_the_average_at_the_lowest_loss(tmp_path: Path) -> None:
+    losses = iter([3.0, 1.0, 2.0, math.nan, -math.inf, 1.0])
+    seen = []
+
+    def validate(ema: nn.Module) -> float:
+        seen.append(ema.center.detach().clone())
+        return next(losses)
+
+    result = quick(Quadratic(), steps=12, validate=validate, validate_every=2, out=tmp_path)
+    assert (result.best_step, result.best_loss) == (4, 1.0)
+    load_weights(best := Quadratic(), tmp_path / "best.safetensors")
+    assert best.center.equal(seen[1])
+    load_weights(last := Quadratic(), tmp_path / "last.safetensors")
+    assert last.center.equal(seen[5])
+    validations = [line for line in log_of(tmp_path) if "val_loss" in line]
+    assert [line["val_loss"] for line in validations] == [3.0, 1.0, 2.0, None, None, 1.0]
+    assert [line["best"] for line in validations] == [True, True, False, False, False, False]
+
+
+def test_patience() -> None:
+    losses = iter([3.0, 1.0, 2.0, 1.0, 0.0])
+    result = quick(
+        Quadratic(), steps=100, validate=lambda ema: next(losses), validate_every=5, patience=2
+    )
+    assert (result.stopped, result.step, result.best_step) == ("patience", 20, 10)
+
+
+def test_max_time_and_a_last_validation(tmp_path: Path) -> None:
+    result = noisy_run(
+        tmp_path, steps=10**6, seed=1, pause=0.002, max_time=0.2, validate_every=10**6
+    )
+    assert result.stopped == "max_time"
+    assert 0 < result.step < 200
+    assert result.best_step == result.step
+    assert result.best is not None
+    assert load_checkpoint(result.best)["progress"]["step"] == result.step
+    again = noisy_run(
+        tmp_path, steps=10**6, seed=1, pause=0.002, max_time=0.1, validate_every=10**6, resume=True
+    )
+    assert again.step > result.step
+
+
+def nan_loss(step: int, loss: Tensor) -> Tensor:
+    """Not a number at step 8."""
+    return loss * (math.nan if step == 8 else 1.0)
+
+
+def infinite_gradient(step: int, loss: Tensor) -> Tensor:
+    """A finite loss with an infinite gradient at step 8."""
+    return loss + ((loss - loss.detach()).sqrt() if step == 8 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [(nan_loss, "loss of step 8 is nan"), (infinite_gradient, "of step 8.*center")],
+)
+def test_trouble_is_raised_before_the_step(tmp_path: Path, trouble: Any, message: str) -> None:
+    objective = Quadratic(trouble)
+    with pytest.raises(TrainingError, match=message) as caught:
+        quick(objective, out=tmp_path, validate_every=2)
+    good = tmp_path / "last.safetensors"
+    assert f"Last good checkpoint: {good}" in str(caught.value)
+    assert load_checkpoint(good)["progress"]["step"] == 6
+    assert torch.allclose(objective.center, torch.full((2,), 1 - 0.9**7))
+    with pytest.raises(TrainingError, match="pass out="):
+        quick(Quadratic(trouble))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    objective = Quadratic()
+
+    def schedule(step: int) -> float:
+        return math.inf if step == 3 else 1.0
+
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    with pytest.raises(TrainingError, match="after step 4 the parameter center is not finite"):
+        quick(objective, out=tmp_path, optimizer=optimizer, scheduler=scheduler, validate_every=2)
+    assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 2
+
+
+def test_solver_error_passes_with_a_note(tmp_path: Path) -> None:
+    error = SolverError("stiff", status="step_underflow", t=0.5)
+
+    def fail(step: int, loss: Tensor) -> Tensor:
+        if step == 4:
+            raise error
+        return loss
+
+    with pytest.raises(SolverError) as caught:
+        quick(Quadratic(fail), out=tmp_path, validate_every=2)
+    assert caught.value is error
+    if sys.version_info >= (3, 11):
+        assert str(tmp_path / "last.safetensors") in error.__notes__[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_ends_the_run_after_its_step(tmp_path: Path, number: signal.Signals) -> None:
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 3:
+            signal.raise_signal(number)
+        return loss
+
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    result = quick(Quadratic(interrupt), out=tmp_path)
+    assert (result.stopped, result.signal, result.step, result.exit_code) == (
+        "interrupted",
+        number,
+        3,
+        128 + number,
+    )
+    assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 3
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(Quadratic(interrupt), out=tmp_path, validate_every=2)
+    assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_in_another_thread() -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(quick(Quadratic())))
+    thread.start()
+    thread.join()
+    assert results[0].stopped == "steps"
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    quick(Quadratic(), progress=True, validate=lambda ema: 1.5, validate_every=5)
+    shown = capsys.readouterr().err
+    assert "20/20" in shown
+    assert "nfe 0/0, val 1.5000" in shown
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    importlib.import_module("cnf.training")
+    with pytest.raises(ImportError, match=r'needs tqdm: pip install "cnf\[examples\]"'):
+        quick(Quadratic(), progress=True)
+    with pytest.raises(ImportError, match="needs safetensors"):
+        quick(Quadratic(), out=tmp_path)
+    assert quick(Quadratic()).step == 20
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (torch.empty(0, 2), r"at least one row, got shape \(0, 2\)"),
+        (torch.tensor(1.0), "at least one row"),
+        (torch.ones(4, 2).index_fill(0, torch.tensor([1, 3]), math.nan), "2 of 4 rows: 1, 3"),
+        (lambda count, generator: torch.ones(count + 1, 2), "must return 5 rows"),
+    ],
+)
+def test_bad_data(train: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Quadratic(), train, steps=1, batch_size=5, progress=False)
+
+
+@pytest.mark.parametrize("train", [[1.0, 2.0], None, lambda count, generator: [1.0]])
+def test_data_of_another_type(train: Any) -> None:
+    with pytest.raises(TypeError, match="train"):
+        fit(Quadratic(), train, steps=1, batch_size=5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"validate_every": 0}, "validate_every"),
+        ({"log_every": -1}, "log_every"),
+        ({"patience": 0, "validate": float}, "patience"),
+        ({"patience": 2}, "needs validate"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"resume": True}, "needs out"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(Quadratic(), **options)
+
+
+def test_unfit_scheduler_and_loss() -> None:
+    objective = Quadratic()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        quick(
+            objective,
+            optimizer=optimizer,
+            scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        )
+    with pytest.raises(TypeError, match=r"scalar Tensor, got shape \(2,\)"):
+        quick(Quadratic(lambda step, loss: loss.expand(2)))
+    with pytest.raises(TypeError, match="scalar Tensor, got float"):
+        quick(Quadratic(lambda step, loss: loss.item()))
+
+
+def test_config_that_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    objective = Quadratic()
+    with pytest.raises(TypeError, match=r"config\.out is of type"):
+        quick(objective, out=tmp_path, config={"out": tmp_path})
+    assert objective.step == 0
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot make the folder"):
+        quick(Quadratic(), out=tmp_path / "file" / "run")
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    quick(Quadratic(), out=tmp_path)
+    before = (tmp_path / "last.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds a run.*resume=True"):
+        quick(Quadratic(), out=tmp_path)
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+    assert quick(Quadratic(), out=tmp_path, resume=True).step == 20
