@@ -70,7 +70,13 @@ class FlowDistribution(Distribution):
         """Log-density of value (*sample, *batch, *event), (*sample, *batch)."""
         self.flow._check_shape(value)
         n = value.ndim - len(self.event_shape)
-        batch = torch.broadcast_shapes(value.shape[:n], self.batch_shape)
+        try:
+            batch = torch.broadcast_shapes(value.shape[:n], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value has shape {tuple(value.shape)}, expected (*sample, *batch, *event) with "
+                f"batch {tuple(self.batch_shape)} and event {tuple(self.event_shape)}"
+            ) from None
         value = value.expand(*batch, *self.event_shape)
         return self.flow.log_prob(value, self.context, **self.choices)
 
@@ -89,6 +95,13 @@ class FlowDistribution(Distribution):
 
 def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:
     """E_p[log p - log q] (*batch,), from samples of p."""
+    if p.event_shape != q.event_shape:
+        raise ValueError(
+            f"the distributions have the event shapes {tuple(p.event_shape)} and "
+            f"{tuple(q.event_shape)}; make dimensions part of the event with Independent"
+        )
+    batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    p = p if p.batch_shape == batch else p.expand(batch)
     shape = torch.Size((_KL_SAMPLES,))
     x = p.rsample(shape) if p.has_rsample else p.sample(shape)
     return (p.log_prob(x) - q.log_prob(x)).mean(0)

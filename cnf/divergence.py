@@ -180,7 +180,7 @@ class Hutchinson(Divergence):
 
         def trace(dx: Tensor, x: Tensor, create_graph: bool) -> Tensor:
             rows = _products(dx, x, noise, create_graph)  # (k, B, *event)
-            return (rows * noise).reshape(self.probes, x.shape[0], -1).sum(-1).mean(0)
+            return (rows * noise).unsqueeze(-1).flatten(2).sum(-1).mean(0)  # (B,)
 
         return _linearised(field, t, x, context, trace)
 

@@ -13,6 +13,7 @@ from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, as_divergence
 from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms.base import Choices, Transform
+from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import as_solver
 
 __all__ = ["Flow"]
@@ -121,8 +122,9 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Samples as `sample`, differentiable in parameters and context (reparameterised)."""
+        choices = _choices(None, solver, generator)
         z = self._draw(shape, context, generator)
-        return self.transform.forward(z, context, **_choices(None, solver, None))
+        return self.transform.forward(z, context, **choices)
 
     def sample_and_log_prob(
         self,
@@ -153,17 +155,26 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`sample_and_log_prob`, differentiable in parameters and context (reparameterised)."""
-        z = self._draw(shape, context, generator)
         choices = _choices(divergence, solver, generator)
+        z = self._draw(shape, context, generator)
         x, log_det = self.transform.forward_and_log_det(z, context, **choices)
         return x, self.base.log_prob(z) - log_det
 
-    def distribution(self, context: Tensor | None = None, **choices: Any) -> FlowDistribution:
+    def distribution(
+        self,
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FlowDistribution:
         """The flow, given context, as a `torch.distributions.Distribution`.
 
         Args:
             context: conditions (*batch, C); the batch is the distribution's batch shape.
-            choices: `divergence=`, `solver=`, `generator=` for all its calls.
+            divergence: "exact", "hutchinson" or a `Divergence`, for all its calls.
+            solver: a solver, for all its calls.
+            generator: source of randomness, for all its calls.
 
         Example:
             >>> import cnf
@@ -171,7 +182,9 @@ class Flow(nn.Module):
             >>> q.batch_shape, q.event_shape, q.rsample((10,)).shape
             (torch.Size([4]), torch.Size([2]), torch.Size([10, 4, 2]))
         """
-        return FlowDistribution(self, context, **choices)
+        if context is not None:
+            check_context(context)
+        return FlowDistribution(self, context, **_choices(divergence, solver, generator))
 
     def _draw(
         self,
@@ -180,6 +193,8 @@ class Flow(nn.Module):
         generator: torch.Generator | None,
     ) -> Tensor:
         """Base samples (*shape, *context_batch, *event)."""
+        if context is not None:
+            check_context(context)
         batch = () if context is None else tuple(context.shape[:-1])
         return self.base.rsample((*_sample_shape(shape), *batch), generator)
 
@@ -194,9 +209,9 @@ class Flow(nn.Module):
     def _log_prob_of_finite(self, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
         """Log-density (*batch,), NaN for the rows of x that are not finite."""
         batch = x.shape[: x.ndim - len(self.event_shape)]
-        finite = x.isfinite().reshape(*batch, -1).all(-1)
+        finite = x.isfinite().unsqueeze(-1).flatten(len(batch)).all(-1)  # (*batch,)
         if context is not None:
-            context = context.expand(*batch, context.shape[-1])[finite]
+            context = expand_context(context, batch)[finite]
         z, log_det = self.transform.inverse_and_log_det(x[finite], context, **choices)
         known = self.base.log_prob(z) + log_det
         return x.new_full(batch, float("nan")).masked_scatter(finite, known)
@@ -214,16 +229,20 @@ def _choices(
     if solver is not None:
         choices["solver"] = as_solver(solver)
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}; "
+                "use torch.Generator().manual_seed(seed)"
+            )
         choices["generator"] = generator
     return choices
 
 
 def _sample_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
     """The shape of samples, checked; an int n means (n,)."""
-    sizes = (shape,) if isinstance(shape, (int, float)) else tuple(shape)
-    for n in sizes:
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"sample shape {shape!r} must be integers")
-        if n < 0:
-            raise ValueError(f"sample shape {shape!r} must not be negative")
-    return sizes
+    sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
+    if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in sizes):
+        raise TypeError(f"sample shape {shape!r} must be an integer or a tuple of integers")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"sample shape {shape!r} must not be negative")
+    return tuple(int(n) for n in sizes)

@@ -80,3 +80,7 @@ class FFJORD(Flow):
             StandardNormal(*event_shape) if base is None else base,
             steps[0] if blocks == 1 else Compose(*steps),
         )
+        if self.event_shape != event_shape:
+            raise ValueError(
+                f"base has event_shape {self.event_shape}, expected features={event_shape}"
+            )

@@ -42,7 +42,7 @@ class Tolerance:
         for other in scales[1:]:
             magnitude = torch.maximum(magnitude, other.abs())
         ratio = value / (self.rtol * magnitude + max(self.atol, torch.finfo(value.dtype).tiny))
-        ratio = ratio.reshape(*value.shape[: self.batch_dims], -1)
+        ratio = ratio.unsqueeze(-1).flatten(self.batch_dims)  # (*batch, *event) -> (*batch, D)
         if ratio.shape[-1] == 0:
             return ratio.new_zeros(ratio.shape[:-1])
         return ratio.square().mean(-1).sqrt()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
-from cnf.ode.solver import Solver
 from cnf.ode.stats import SolveStats
 
 __all__ = ["Failure", "samples_of"]
@@ -23,7 +22,7 @@ _REMEDIES = {
     "step_underflow": "the field is stiff or discontinuous there; regularise it or use smooth "
     "activations, loosen rtol and atol, or use float64",
     "too_many_steps": "the field is stiff or the tolerance tight; regularise it, loosen rtol and "
-    "atol, or raise max_steps",
+    "atol, or raise {limit}",
 }
 
 _WHAT = {
@@ -44,13 +43,15 @@ class Failure:
     """Tells the causes of failure apart, from what the solve last saw.
 
     Attributes:
-        solver: the choices of the solve.
+        limit: name of the limit of steps, an argument of the solver.
+        bound: its value.
         stats: its statistics.
         start: largest |x| at the start.
         batch_dims: leading dimensions that index samples.
     """
 
-    solver: Solver
+    limit: str
+    bound: int
     stats: SolveStats
     start: float
     batch_dims: int
@@ -77,13 +78,13 @@ class Failure:
         status, bad = self._cause(status, x, slopes, errors)
         samples = samples_of(bad)
         self.stats.status = status
-        limit = f" (max_steps={self.solver.max_steps})" if status == "too_many_steps" else ""
+        limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
         total = int(bad.sum())
         return SolverError(
             f"{_WHAT[status]} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
             f"{self.stats.nfe} evaluations; {total} of {bad.numel()} samples at fault, "
-            f"first indices {samples}]. Remedy: {_REMEDIES[status]}.",
+            f"first indices {samples}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
             status=status,
             t=t,
             dt=dt,
@@ -108,4 +109,4 @@ class Failure:
         return status, errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
 
     def _per_sample(self, value: Tensor) -> Tensor:
-        return value.reshape(*value.shape[: self.batch_dims], -1)
+        return value.unsqueeze(-1).flatten(self.batch_dims)  # (*batch, *event) -> (*batch, D)

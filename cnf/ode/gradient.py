@@ -38,8 +38,17 @@ def first_derivative(
 
     Raises:
         ValueError: if the field uses a tensor that requires grad and is not among the parameters:
-            its gradient would silently be lost.
+            its gradient would silently be lost; or if one of the parameters is computed from
+            another: the gradient on that way would be counted twice.
     """
+    computed = [p for p in parameters if p.grad_fn is not None]
+    for leaf in unknown_leaves(computed, []):
+        if any(leaf is p for p in parameters):
+            raise ValueError(
+                f"the context is computed from a parameter of shape {tuple(leaf.shape)} that the "
+                "vector field uses too, which gradient='checkpoint' and 'adjoint' cannot tell "
+                "apart; use gradient='backprop'"
+            )
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         dx, dq = f(Clock(clock.start, clock.end).times([clock.start], x)[0], leaf)
@@ -333,4 +342,4 @@ def _power(task: AdjointSolve, t: float, x: Tensor, a: Tensor, a_q: Tensor | Non
     power = (a * dx).sum()
     if dq is not None and a_q is not None:
         power = power + (a_q * dq).sum()
-    return power.double()
+    return power

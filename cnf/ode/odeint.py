@@ -118,8 +118,16 @@ def odeint(
     return Solution(end.x, end.q, stats)
 
 
-def check_state(x: Tensor, batch_dims: int = 1, name: str = "x") -> None:
+def check_state(x: Tensor, batch_dims: int = 1) -> None:
     """Refuse a state that is not a finite float32 or float64 tensor."""
+    check_floating(x)
+    if x.ndim < batch_dims:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected {batch_dims} batch dimensions")
+    check_finite(x, batch_dims)
+
+
+def check_floating(x: Tensor, name: str = "x") -> None:
+    """Refuse what is not a float32 or float64 tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; use torch.as_tensor")
     if x.dtype not in (torch.float32, torch.float64):
@@ -127,11 +135,11 @@ def check_state(x: Tensor, batch_dims: int = 1, name: str = "x") -> None:
             f"{name} must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; "
             f"use {name}.float()"
         )
-    if x.ndim < batch_dims:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, expected {batch_dims} batch dimensions"
-        )
-    rows = ~x.detach().isfinite().reshape(*x.shape[:batch_dims], -1).all(-1)
+
+
+def check_finite(x: Tensor, batch_dims: int, name: str = "x") -> None:
+    """Refuse a tensor with NaN or infinite values, naming the first sample that has one."""
+    rows = ~x.detach().isfinite().unsqueeze(-1).flatten(batch_dims).all(-1)
     if rows.any():
         raise ValueError(
             f"non-finite values in {name}: {int(rows.sum())} of {rows.numel()} rows "

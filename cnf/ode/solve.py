@@ -66,9 +66,9 @@ def integrate(
             return runge_kutta_step(f, solver.tableau, clock, t, t_next, x, first)
 
     start = x.detach().abs().max().item() if x.numel() else 0.0
-    failure = Failure(solver, f.stats, start, batch_dims)
+    failure = Failure("max_steps", solver.max_steps, f.stats, start, batch_dims)
     if clock.start == clock.end or not solver.tableau.adaptive:
-        result = _fixed(f, x, clock, solver, failure, stepper)
+        result = _fixed(f, x, clock, solver, failure, stepper, first)
     else:
         tolerance = _tolerance(solver, x, batch_dims, controlled)
         result = _adaptive(f, x, clock, solver, failure, stepper, tolerance, first)
@@ -81,12 +81,18 @@ def _add(q: Tensor | None, dq: Tensor | None) -> Tensor | None:
 
 
 def _fixed(
-    f: RightHandSide, x: Tensor, clock: Clock, solver: Solver, failure: Failure, stepper: Stepper
+    f: RightHandSide,
+    x: Tensor,
+    clock: Clock,
+    solver: Solver,
+    failure: Failure,
+    stepper: Stepper,
+    first: Derivative | None,
 ) -> Integral:
     """Equal steps. Where start and end agree, one step of size 0: the identity, with gradients."""
     steps = 1 if clock.start == clock.end else solver.steps
     grid = [clock.start + (clock.end - clock.start) * i / steps for i in range(steps)]
-    begin, q, last = x, None, None
+    begin, q, last = x, None, first
     for t, t_next in zip(grid, [*grid[1:], clock.end], strict=True):
         step = stepper(clock, t, t_next, x, last)
         x, q, last = step.x, _add(q, step.dq), step.last
@@ -101,6 +107,11 @@ def _finite(x: Tensor, q: Tensor | None) -> bool:
     return bool(finite if q is None else finite & q.detach().isfinite().all())
 
 
+def _slopes(f: RightHandSide, step: Step) -> list[Tensor]:
+    """What the field returned at every stage, where it belongs to samples."""
+    return step.slopes + step.rates if f.per_sample else step.slopes
+
+
 @torch.no_grad()
 def _locate(f: RightHandSide, x: Tensor, clock: Clock, solver: Solver, failure: Failure) -> None:
     """Repeat a failed solve with fixed steps, to name the step at which it failed, and raise."""
@@ -112,7 +123,7 @@ def _locate(f: RightHandSide, x: Tensor, clock: Clock, solver: Solver, failure: 
         if not _finite(step.x, step.dq):
             break
         t, x = t_next, step.x
-    slopes = step.slopes + step.rates
+    slopes = _slopes(f, step)
     where = step.x if all(bool(k.isfinite().all()) for k in slopes) else x
     raise failure.error("step_underflow", t, t_next - t, where, slopes)
 
@@ -169,13 +180,11 @@ def _adaptive(
         first = (step.slopes[0], step.rates[0] if step.rates else None)
         tiny = 4 * math.ulp(max(abs(t), abs(end)))
         if control.rejections >= _MAX_REJECTIONS or h < tiny:
-            raise failure.error(
-                "step_underflow", t, t_next - t, x, step.slopes + step.rates, errors
-            )
+            raise failure.error("step_underflow", t, t_next - t, x, _slopes(f, step), errors)
     else:
-        raise failure.error("too_many_steps", t, h, x, step.slopes + step.rates, errors)
+        raise failure.error("too_many_steps", t, h, x, _slopes(f, step), errors)
     if not _finite(x, q):
-        raise failure.error("blow_up", t, h, x, [] if q is None else [q])
+        raise failure.error("blow_up", t, h, x, [q] if q is not None and f.per_sample else [])
     return Integral(x, q)
 
 

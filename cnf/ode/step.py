@@ -40,7 +40,7 @@ class Clock:
             return torch.tensor(ts, dtype=like.dtype, device=like.device).unbind()
         span = self.end - self.start
         return [
-            (self.t0 + (self.t1 - self.t0) * ((t - self.start) / span if span else 0.0)).to(like)
+            torch.lerp(self.t0, self.t1, (t - self.start) / span if span else 0.0).to(like)
             for t in ts
         ]
 

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cnf.errors import SolverError
 from cnf.ode.control import Tolerance
 from cnf.ode.failure import Failure
+from cnf.ode.gradient import first_derivative
 from cnf.ode.rhs import RightHandSide
-from cnf.ode.solve import Integral
+from cnf.ode.solve import Integral, integrate
 from cnf.ode.solver import Solver, check_choice, check_count, check_tolerances
 from cnf.ode.stats import Recorders, SolveStats
 from cnf.ode.step import Clock
@@ -81,13 +83,18 @@ class TorchDiffEq:
         """The solve; `odeint` calls it."""
         import torchdiffeq  # here, because it imports scipy
 
-        guard = _Guard(f, self, batch_dims, recorders)
-        with torch.no_grad():
-            _, dq = f(clock.times([clock.start], x)[0], x)
-        state = (x,) if dq is None else (x, torch.zeros_like(dq))
+        guard = _Guard(f, self, x, batch_dims, recorders)
         if clock.start == clock.end:
+            end = integrate(f, x, clock, Solver("euler"), batch_dims=batch_dims, controlled=0)
             guard.finish()
-            return Integral(x, None if dq is None else torch.zeros_like(dq))
+            return end
+        adjoint = self.gradient == "adjoint" and torch.is_grad_enabled()
+        if adjoint:  # with the check that nothing is undeclared
+            _, dq = first_derivative(f, clock, x, parameters)
+        else:
+            with torch.no_grad():
+                _, dq = f(clock.times([clock.start], x)[0], x)
+        state = (x,) if dq is None else (x, torch.zeros_like(dq))
         t = torch.tensor([clock.start, clock.end], dtype=torch.float64, device=x.device)
         if clock.t0 is not None and clock.t1 is not None:
             t = torch.stack((clock.t0, clock.t1))
@@ -98,21 +105,19 @@ class TorchDiffEq:
             "options": self._options(clock, x, batch_dims, controlled),
         }
         try:
-            if self.gradient == "adjoint" and torch.is_grad_enabled():
+            if adjoint:
                 ends = torchdiffeq.odeint_adjoint(
                     guard,
                     state,
                     t,
                     **arguments,
                     adjoint_params=tuple(parameters),
-                    adjoint_options=self._adjoint_options(clock),
+                    adjoint_options=self._adjoint_options(clock, x),
                 )
             else:
                 ends = torchdiffeq.odeint(guard, state, t, **arguments)
         except AssertionError as error:  # how torchdiffeq reports a step that is too small
-            raise guard.failure(clock, x).error(
-                "step_underflow", guard.t, 0.0, guard.x, guard.slopes
-            ) from error
+            raise guard.failure("step_underflow") from error
         guard.finish()
         return Integral(ends[0][-1], None if dq is None else ends[1][-1])
 
@@ -122,13 +127,17 @@ class TorchDiffEq:
         if self.method in _FIXED:
             return {"step_size": abs(clock.end - clock.start) / self.steps, **self.options}
         norm = _norm(batch_dims, controlled)
-        landing = torch.tensor([clock.end], dtype=torch.float64, device=x.device)
-        return {"norm": norm, "step_t": landing, **self.options}
+        return {"norm": norm, "step_t": _landing(clock.end, x), **self.options}
 
-    def _adjoint_options(self, clock: Clock) -> dict[str, Any]:
+    def _adjoint_options(self, clock: Clock, x: Tensor) -> dict[str, Any]:
         if self.method in _FIXED:
             return {"step_size": abs(clock.end - clock.start) / self.steps, "norm": "seminorm"}
-        return {"norm": "seminorm"}
+        return {"norm": "seminorm", "step_t": _landing(clock.start, x)}
+
+
+def _landing(t: float, x: Tensor) -> Tensor:
+    """The time on which the last step must land, as torchdiffeq wants it: (1,) in float64."""
+    return torch.tensor([t], dtype=torch.float64, device=x.device)
 
 
 def _norm(batch_dims: int, controlled: int | None) -> Callable[[tuple[Tensor, ...]], Tensor]:
@@ -153,10 +162,16 @@ class _Guard:
     """The field as torchdiffeq calls it: finite, counted, and bounded in evaluations."""
 
     def __init__(
-        self, f: RightHandSide, solver: TorchDiffEq, batch_dims: int, recorders: Recorders
+        self,
+        f: RightHandSide,
+        solver: TorchDiffEq,
+        x: Tensor,
+        batch_dims: int,
+        recorders: Recorders,
     ) -> None:
         self.f = f
         self.solver = solver
+        self.start = x.detach().abs().max().item() if x.numel() else 0.0
         self.batch_dims = batch_dims
         self.recorders = recorders
         self.forward_stats = f.stats
@@ -171,14 +186,18 @@ class _Guard:
         self.done = True
         self.x, self.slopes = torch.zeros(0), []
 
-    def failure(self, clock: Clock, x: Tensor) -> Failure:
-        start = x.detach().abs().max().item() if x.numel() else 0.0
-        return Failure(Solver(), self.f.stats, start, self.batch_dims)
+    def failure(self, status: str) -> SolverError:
+        """The error to raise, from what was evaluated last."""
+        limit = self.solver.max_nfe
+        failure = Failure("max_nfe", limit, self.f.stats, self.start, self.batch_dims)
+        return failure.error(status, self.t, 0.0, self.x, self.slopes)
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.done and self.f.stats is self.forward_stats:
             self._start_backward()
         x = state[0]
+        low, high = sorted((self.forward_stats.t0, self.forward_stats.t1))
+        t = t.clamp(low, high)  # torchdiffeq's search for a first step looks beyond the span
         dx, dq = self.f(t.to(x), x)
         slopes = [dx] if dq is None else [dx, dq]
         self._check(t, x, [k.detach() for k in slopes])
@@ -193,8 +212,7 @@ class _Guard:
 
     def _check(self, t: Tensor, x: Tensor, slopes: list[Tensor]) -> None:
         self.t, self.x, self.slopes = float(t.detach()), x.detach(), slopes
-        clock = Clock(self.f.stats.t0, self.f.stats.t1)
         if not all(bool(k.isfinite().all()) for k in slopes):
-            raise self.failure(clock, x).error("non_finite_field", self.t, 0.0, self.x, slopes)
+            raise self.failure("non_finite_field")
         if self.f.stats.nfe >= self.solver.max_nfe:
-            raise self.failure(clock, x).error("too_many_steps", self.t, 0.0, self.x, slopes)
+            raise self.failure("too_many_steps")

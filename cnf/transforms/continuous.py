@@ -11,9 +11,10 @@ from cnf.divergence import Divergence, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
 from cnf.ode import Solver, TorchDiffEq, odeint
-from cnf.ode.odeint import check_state
+from cnf.ode.odeint import check_finite, check_floating
 from cnf.ode.rhs import Derivative
 from cnf.transforms.base import Choices, Transform
+from cnf.transforms.context import check_context, expand_context
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -124,8 +125,7 @@ class CNF(Transform):
             with torch.inference_mode(False), torch.no_grad():
                 return self._solve(x, context, times, choices, log_det=log_det)
         x, context = _normal(x), None if context is None else _normal(context)
-        check_state(x, self.event_dims)
-        self._check_like_parameters(x)
+        self._check_state(x)
         n = x.ndim - self.event_dims
         batch, event = x.shape[:n], x.shape[n:]
         context = self._batch_context(context, batch, x)
@@ -173,28 +173,30 @@ class CNF(Transform):
                     "pass context of shape (*batch, C)"
                 )
             return None
+        check_context(context)
         if self.context_use == "none":
             raise ValueError(
                 f"context of shape {tuple(context.shape)} was given, but the field is a function "
                 "of (t, x) alone; leave context out or use a field f(t, x, context)"
             )
-        if context.dtype != x.dtype or context.device != x.device:
-            raise TypeError(
-                f"context is {context.dtype} on {context.device}, but x is {x.dtype} on "
-                f"{x.device}; use context.to(x)"
-            )
-        if context.ndim == 0:
+        if context.device != x.device:
             raise ValueError(
-                "context must have the shape (..., C), got a tensor without dimensions"
+                f"context is on {context.device} but x is on {x.device}; use context.to(x)"
             )
-        try:
-            context = context.expand(*batch, context.shape[-1])
-        except RuntimeError:
+        if context.dtype != x.dtype:
+            raise TypeError(f"context is {context.dtype} but x is {x.dtype}; use context.to(x)")
+        check_finite(context, context.ndim - 1, "context")
+        return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
+
+    def _check_state(self, x: Tensor) -> None:
+        check_floating(x)
+        if x.ndim < self.event_dims:
             raise ValueError(
-                f"context of shape {tuple(context.shape)} does not broadcast against the batch "
-                f"{tuple(batch)}; expected (*batch, C)"
-            ) from None
-        return context.reshape(batch.numel(), context.shape[-1])
+                f"x has shape {tuple(x.shape)}, expected (*batch, *event) with {self.event_dims} "
+                "event dimensions"
+            )
+        self._check_like_parameters(x)
+        check_finite(x, x.ndim - self.event_dims)
 
     def _check_like_parameters(self, x: Tensor) -> None:
         parameter = next(self.parameters(), None)

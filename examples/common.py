@@ -1,0 +1,207 @@
+"""What the example scripts share: their flags, and the test of a trained flow."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+import cnf
+from cnf.ode import METHODS
+from cnf.training import FitResult, fit, load_weights
+
+ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
+FIELDS = {"mlp": cnf.MLPField, "concatsquash": cnf.ConcatSquashField}
+REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags of every example; `defaults` are those of one."""
+    p = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--steps", type=int, help="training steps")
+    p.add_argument("--batch-size", type=int, help="samples a step")
+    p.add_argument("--lr", type=float, help="highest learning rate of Adam")
+    p.add_argument("--field", choices=FIELDS, default="mlp", help="network of the vector field")
+    p.add_argument("--hidden", type=int, nargs="+", help="widths of its hidden layers")
+    p.add_argument("--blocks", type=int, default=1, help="CNF blocks, one after the other")
+    p.add_argument("--trace", choices=["exact", "hutchinson"], help="trace in training")
+    p.add_argument("--method", choices=METHODS, default="dopri5", help="solver in training")
+    p.add_argument("--solver-steps", type=int, default=20, help="steps of a fixed-step method")
+    p.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance in training")
+    p.add_argument("--atol", type=float, default=1e-3, help="absolute tolerance in training")
+    p.add_argument("--gradient", choices=["backprop", "checkpoint", "adjoint"], default="backprop")
+    p.add_argument("--device", default="auto", help="auto takes a GPU where there is one")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-time", type=float, help="end training after so many seconds")
+    p.add_argument("--ema-decay", type=float, help="decay of the average of the weights")
+    p.add_argument("--out", type=Path, help="folder of the run (default: runs/EXAMPLE-DATA)")
+    p.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    p.set_defaults(**defaults)
+    return p
+
+
+def train(
+    args: argparse.Namespace,
+    data: Tensor | Callable[[int, torch.Generator], Tensor],
+    val: Tensor,
+    out: Path,
+    *,
+    patience: int | None = None,
+    validate_every: int = 250,
+) -> tuple[cnf.FFJORD, FitResult]:
+    """Train the flow that the flags describe; return it with its best averaged weights."""
+    torch.manual_seed(args.seed)
+    flow = build(args, features=val.shape[-1])
+    objective = cnf.MaximumLikelihood(flow)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
+    device = device_of(args.device)
+
+    def validate(model: nn.Module) -> float:
+        return -score(model.flow, val, flow_solver(args)).log_prob.mean().item()
+
+    result = fit(
+        objective,
+        data,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        optimizer=optimizer,
+        scheduler=schedule(optimizer, args.steps),
+        clip_grad_norm=10.0,
+        ema_decay=args.ema_decay,
+        validate=validate,
+        validate_every=validate_every,
+        patience=patience,
+        max_time=args.max_time,
+        out=out,
+        resume=args.resume,
+        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        seed=args.seed,
+        device=device,
+    )
+    if result.signal is not None:
+        print(f"Stopped at step {result.step}, saved in {out}. Go on with --resume.")
+    elif result.best is not None:
+        load_weights(flow, result.best, prefix="flow")
+    return flow, result
+
+
+def build(args: argparse.Namespace, features: int) -> cnf.FFJORD:
+    """The flow that the flags describe."""
+    return cnf.FFJORD(
+        features,
+        args.hidden,
+        blocks=args.blocks,
+        divergence=args.trace,
+        solver=flow_solver(args),
+        field=FIELDS[args.field],
+    )
+
+
+def flow_solver(args: argparse.Namespace) -> cnf.Solver:
+    """The solver that the flags describe."""
+    return cnf.Solver(
+        args.method,
+        rtol=args.rtol,
+        atol=args.atol,
+        steps=args.solver_steps,
+        gradient=args.gradient,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device that --device names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A warm-up over 5% of the steps, then half a cosine down to 1%."""
+
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.01 + 0.99 * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, (step - warm) / (steps - warm)))
+        )
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Log-likelihoods of test points, and what they cost."""
+
+    log_prob: Tensor
+    nfe: int
+    seconds: float
+
+    def __str__(self) -> str:
+        cost = f"{self.nfe} evaluations a batch, {self.seconds:.1f} s"
+        return f"{mean_and_error(self.log_prob)}  ({cost})"
+
+
+@torch.no_grad()
+def score(flow: cnf.Flow, x: Tensor, solver: cnf.Solver = REFERENCE) -> Score:
+    """Exact-trace log-likelihoods of x (N, *event), in batches, on the device of the flow."""
+    device = next(flow.parameters()).device
+    start = time.perf_counter()
+    with cnf.record_solves() as solves:
+        parts = [
+            flow.log_prob(b.to(device), divergence="exact", solver=solver) for b in x.split(2000)
+        ]
+    nfe = sum(s.nfe for s in solves) // max(1, len(parts))
+    return Score(torch.cat(parts).cpu().double(), nfe, time.perf_counter() - start)
+
+
+def mean_and_error(values: Tensor) -> str:
+    """Mean and standard error of the mean."""
+    return f"{values.mean().item():.4f} +- {standard_error(values):.4f}"
+
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of values (N,)."""
+    return (values.std() / math.sqrt(len(values))).item()
+
+
+def describe_training(flow: cnf.Flow, result: FitResult) -> list[str]:
+    """What the training took, in lines for the report."""
+    size = sum(p.numel() for p in flow.parameters())
+    forward, backward = (n / max(1, result.step) for n in (result.nfe_forward, result.nfe_backward))
+    return [
+        f"training              {result.step} steps in {result.elapsed:.0f} s, best at step "
+        f"{result.best_step}, stopped by {result.stopped}",
+        f"evaluations a step    {forward:.1f} forward, {backward:.1f} backward",
+        f"parameters            {size}",
+    ]
+
+
+def write_report(lines: list[str], out: Path) -> None:
+    """Print the report and keep it as report.txt."""
+    text = "\n".join(lines)
+    print("\n" + text)
+    (out / "report.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def run_example(main: Callable[[], int]) -> NoReturn:
+    """Run a script; what a user can mend is told without a traceback."""
+    try:
+        sys.exit(main())
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, ERRORS):
+            raise
+        notes = getattr(error, "__notes__", [])
+        sys.exit("\n".join([f"error: {error}", *notes]))
