@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["CheckpointError", "SolverError", "TrainingError"]
 
@@ -34,6 +35,9 @@ class SolverError(RuntimeError):
         self.dt = dt
         self.nfe = nfe
         self.samples = tuple(samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # exceptions are rebuilt from their message alone
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 class CheckpointError(RuntimeError):

@@ -18,6 +18,7 @@ from cnf.flow import Flow
 from cnf.transforms import CNF, Compose, Transform
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -175,7 +176,7 @@ def animate_path(
         z = flow.base.rsample((points,), generator)
     figure, (ax,) = _panels(1)
 
-    def draw(i: int) -> Sequence[object]:
+    def draw(i: int) -> Sequence[Artist]:
         ax.clear()
         density = path_density(flow, fractions[i], extent, size, data)
         _heat(ax, density, extent, f"t = {fractions[i]:.2f}", density.max().item())
@@ -190,7 +191,7 @@ def animate_path(
 
 
 def plot_table(data: Tensor, samples: Tensor, *, columns: int = 5) -> Figure:
-    """Data and samples of a table, as a corner of pairwise scatter plots.
+    """Columns of a table against one another: data below the diagonal, samples above it.
 
     Args:
         data: (N, D).
@@ -200,27 +201,25 @@ def plot_table(data: Tensor, samples: Tensor, *, columns: int = 5) -> Figure:
     from matplotlib.figure import Figure
 
     n = min(columns, data.shape[1])
-    data, samples = data[:1000].double().cpu(), samples[:1000].double().cpu()
-    figure = Figure(figsize=(1.6 * n, 1.6 * n), layout="constrained")
-    axes = figure.subplots(n, n, squeeze=False)
+    count = min(1000, len(data), len(samples))  # as many of each, so that the eye can compare
+    data, samples = data[:count].double().cpu(), samples[:count].double().cpu()
     low, high = (torch.quantile(data, q, dim=0).tolist() for q in (0.005, 0.995))
     limits = list(zip(low, high, strict=True))
+    figure = Figure(figsize=(1.6 * n, 1.6 * n), layout="constrained")
+    axes = figure.subplots(n, n, squeeze=False)
     for i in range(n):
         for j in range(n):
             ax = axes[i][j]
-            ax.set(xticks=[], yticks=[])
-            if j > i:
-                ax.axis("off")
-            elif i == j:
-                for x, name in ((data, "data"), (samples, "samples")):
-                    column = x[:, i].numpy()
-                    style: dict[str, Any] = {"density": True, "histtype": "step", "label": name}
-                    ax.hist(column, bins=40, range=limits[i], **style)
+            ax.set(xticks=[], yticks=[], xlim=limits[j])
+            if i == j:
+                for x, color in ((data, "C0"), (samples, "C1")):
+                    style: dict[str, Any] = {"density": True, "histtype": "step", "color": color}
+                    ax.hist(x[:, i].numpy(), bins=30, range=limits[i], **style)
             else:
-                for x in (data, samples):
-                    ax.scatter(x[:, j].numpy(), x[:, i].numpy(), s=2, linewidths=0, alpha=0.5)
-                ax.set(xlim=limits[j], ylim=limits[i])
-    axes[0][0].legend(fontsize=6)
+                x, color = (data, "C0") if j < i else (samples, "C1")
+                ax.scatter(x[:, j].numpy(), x[:, i].numpy(), s=3, linewidths=0, c=color)
+                ax.set_ylim(limits[i])
+    figure.suptitle("data (blue, below) and samples (orange, above)", fontsize=9)
     return figure
 
 

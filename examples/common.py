@@ -128,7 +128,6 @@ def device_of(name: str) -> torch.device:
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """A warm-up over 5% of the steps, then half a cosine down to 1%."""
-
     warm = max(1, steps // 20)
 
     def factor(step: int) -> float:

@@ -58,12 +58,13 @@ def report(
     """Test log-likelihood beside the true density's on the same points."""
     mine = score(flow, test)
     true = density.log_prob(test.double())
-    gap = true - mine.log_prob.cpu()
+    gap = true - mine.log_prob
+    minus_entropy = f"(minus entropy: {-density.entropy:.4f})"
     write_report(
         [
             f"data                  {density.name}, {len(test)} test points",
             f"test log-likelihood   {mine}",
-            f"true log-likelihood   {mean_and_error(true)}  (minus entropy: {-density.entropy:.4f})",
+            f"true log-likelihood   {mean_and_error(true)}  {minus_entropy}",
             f"KL(data || flow)      {mean_and_error(gap)}  nats, the mean difference",
             *describe_training(flow, result),
         ],

@@ -31,7 +31,7 @@ def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
     flags = parser(
         __doc__,
-        steps=3000,
+        steps=2000,
         batch_size=500,
         lr=3e-3,
         hidden=[64, 64],
@@ -79,7 +79,7 @@ def report(name: str, flow: cnf.Flow, table: Table, result: FitResult, out: Path
 def draw(flow: cnf.Flow, table: Table, out: Path) -> None:
     """table.png: pairs of columns, data and samples."""
     samples = flow.sample((1000,), generator=torch.Generator().manual_seed(0))
-    plot_table(table.test, samples.cpu()).savefig(out / "table.png", dpi=100)
+    plot_table(table.train, samples).savefig(out / "table.png", dpi=100)
     print(f"picture               {out / 'table.png'}")
 
 
