@@ -1,0 +1,481 @@
+"""Bad inputs and the error that each must raise, as a table; run as a script, it checks them all.
+
+`test_bad_inputs.py` runs every case by name, and this file once more under `python -O`, which
+removes assertions. So nothing here may be an `assert`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import cnf
+
+SECONDS = 5.0
+NAN = float("nan")
+ERRORS = (ValueError, TypeError, RuntimeError, cnf.SolverError)
+
+
+class Case(NamedTuple):
+    """A call that must fail, how, and what its message must say."""
+
+    name: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    words: tuple[str, ...]
+    status: str | None = None
+
+
+def complaint(case: Case) -> str | None:
+    """What is wrong with the way in which a case fails, or None."""
+    start = time.process_time()
+    try:
+        result = case.call()
+    except Exception as error:
+        seconds = time.process_time() - start
+        if type(error) is not case.error:
+            return f"raised {type(error).__name__}, not {case.error.__name__}: {error}"
+        missing = [word for word in case.words if word not in str(error)]
+        if missing:
+            return f"does not say {missing}: {error}"
+        if case.status is not None and error.status != case.status:
+            return f"has status {error.status}, not {case.status}: {error}"
+        if seconds > SECONDS:
+            return f"took {seconds:.1f} s"
+        return None
+    return f"raised nothing, and returned {result!r}"
+
+
+def flow(**options: Any) -> cnf.Flow:
+    """A small flow on the plane."""
+    return cnf.FFJORD(2, hidden=(8,), **options)
+
+
+def points(n: int = 64, d: int = 2) -> Tensor:
+    """Finite points (n, d)."""
+    return torch.linspace(-1, 1, n * d).reshape(n, d)
+
+
+def spoilt(value: float, *, shape: tuple[int, ...] = (64, 2)) -> Tensor:
+    """Points of which sample 3 has one bad number."""
+    x = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+    x[3].reshape(-1)[-1] = value
+    return x
+
+
+def log_det(
+    field: Callable[..., Any], x: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The log-determinant of a field's flow."""
+    x = points(5) if x is None else x
+    return cnf.CNF(field, "exact", *args, **kwargs).forward_and_log_det(x)[1]
+
+
+def with_nan_weights(**options: Any) -> cnf.Flow:
+    """A flow one of whose weights is NaN."""
+    bad = flow(**options)
+    with torch.no_grad():
+        bad.transform.field.network[2].weight[0, 1] = NAN
+    return bad
+
+
+def inputs() -> Iterator[Case]:
+    """x of a wrong kind, shape, dtype or device, or with bad numbers."""
+    rows = ("x", "1 of 64 rows", "first index 3", "remove")
+    for name, value in (("nan", NAN), ("inf", float("inf")), ("minus-inf", -float("inf"))):
+        yield Case(f"x-{name}", lambda v=value: flow().log_prob(spoilt(v)), ValueError, rows)
+    picture = cnf.FFJORD((1, 2, 2), hidden=(8,))
+    yield Case(
+        "x-nan-picture",
+        lambda: picture.log_prob(spoilt(NAN, shape=(5, 1, 2, 2))),
+        ValueError,
+        ("x", "1 of 5 rows", "first index 3"),
+    )
+    scalar = cnf.CNF(lambda t, x: -x, event_dims=0)
+    yield Case(
+        "x-nan-scalar",
+        lambda: scalar.forward(spoilt(NAN, shape=(5, 1))[:, 0]),
+        ValueError,
+        ("x", "1 of 5 rows", "first index 3"),
+    )
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.float16):
+        yield Case(
+            f"x-{dtype}",
+            lambda d=dtype: flow().log_prob(points().to(d)),
+            TypeError,
+            ("x", str(dtype).removeprefix("torch."), "x.float()"),
+        )
+    for value in (None, [[0.0, 1.0]], points().numpy()):
+        kind = type(value).__name__
+        words = ("x", kind, "torch.as_tensor")
+        yield Case(f"x-{kind}", lambda v=value: flow().log_prob(v), TypeError, words)
+        yield Case(
+            f"cnf-x-{kind}", lambda v=value: cnf.CNF(cnf.MLPField(2)).inverse(v), TypeError, words
+        )
+    both = ("torch.float32", "torch.float64", "x.to(", "module.to(")
+    yield Case("x-float64", lambda: flow().log_prob(points().double()), TypeError, both)
+    yield Case("x-float32", lambda: flow().double().log_prob(points()), TypeError, both)
+    both = ("meta", "cpu", "x.to(", "module.to(")
+    yield Case("x-device", lambda: flow().log_prob(points().to("meta")), ValueError, both)
+    yield Case("module-device", lambda: flow().to("meta").log_prob(points()), ValueError, both)
+    for shape in ((5, 3), (3,), (), (2, 1)):
+        yield Case(
+            f"x-shape-{shape}",
+            lambda s=shape: flow().log_prob(torch.zeros(s)),
+            ValueError,
+            ("x", f"{shape}", "(..., D=2)"),
+        )
+    yield Case(
+        "x-shape-picture",
+        lambda: picture.log_prob(torch.zeros(5, 2, 2)),
+        ValueError,
+        ("x", "(5, 2, 2)", "1, 2, 2"),
+    )
+    yield Case(
+        "cnf-x-shape",
+        lambda: cnf.CNF(cnf.MLPField((1, 2, 2))).forward(torch.zeros(2, 2)),
+        ValueError,
+        ("x", "(2, 2)", "3 event dimensions"),
+    )
+    yield Case(
+        "on-nonfinite",
+        lambda: flow().log_prob(points(), on_nonfinite="skip"),
+        ValueError,
+        ("'skip'",),
+    )
+
+
+def contexts() -> Iterator[Case]:
+    """Context missing, unexpected, or of a wrong kind."""
+    x, asks = points(5), flow(context=3)
+    for name, call in (
+        ("log-prob", lambda c: asks.log_prob(x, *c)),
+        ("sample", lambda c: asks.sample(5, *c)),
+        ("sample-and-log-prob", lambda c: asks.sample_and_log_prob(5, *c)),
+        ("distribution", lambda c: asks.distribution(*c).sample()),
+    ):
+        missing = ("context is missing", "context=3", "(..., 3)")
+        yield Case(f"context-missing-{name}", lambda f=call: f(()), ValueError, missing)
+        yield Case(
+            f"context-wide-{name}",
+            lambda f=call: f((torch.zeros(5, 4),)),
+            ValueError,
+            ("context", "4 features", "context=3"),
+        )
+        yield Case(
+            f"context-list-{name}",
+            lambda f=call: f(([0.0, 0.0, 0.0],)),
+            TypeError,
+            ("context", "list", "torch.as_tensor"),
+        )
+        yield Case(
+            f"context-scalar-{name}",
+            lambda f=call: f((torch.tensor(0.0),)),
+            ValueError,
+            ("context", "(..., C)"),
+        )
+    extra = ("context of shape (5, 3)", "context")
+    yield Case("context-extra", lambda: flow().log_prob(x, torch.zeros(5, 3)), ValueError, extra)
+    yield Case(
+        "context-extra-function",
+        lambda: cnf.CNF(lambda t, x: -x).forward(x, torch.zeros(5, 3)),
+        ValueError,
+        (*extra, "f(t, x, context)"),
+    )
+    yield Case(
+        "context-missing-function",
+        lambda: cnf.CNF(lambda t, x, context: context).forward(x),
+        ValueError,
+        ("context is missing", "(*batch, C)"),
+    )
+    for on_nonfinite in ("raise", "nan"):
+        yield Case(
+            f"context-batch-{on_nonfinite}",
+            lambda o=on_nonfinite: asks.log_prob(x, torch.zeros(4, 3), on_nonfinite=o),
+            ValueError,
+            ("context of shape (4, 3)", "(5,)", "(*batch, C)"),
+        )
+    words = ("context", "torch.float64", "torch.float32", "context.to(x)")
+    yield Case(
+        "context-dtype", lambda: asks.log_prob(x, torch.zeros(5, 3).double()), TypeError, words
+    )
+    words = ("context", "meta", "cpu", "context.to(x)")
+    meta = torch.zeros(5, 3, device="meta")
+    yield Case("context-device", lambda: asks.log_prob(x, meta), ValueError, words)
+    yield Case(
+        "context-nan",
+        lambda: asks.log_prob(x, spoilt(NAN, shape=(5, 3))),
+        ValueError,
+        ("context", "1 of 5 rows", "first index 3"),
+    )
+
+
+def fields() -> Iterator[Case]:
+    """Fields that return something else than dx."""
+    shape = ("(5, 2)", "vector field", "return")
+    double = ("torch.float64", "torch.float32", "vector field")
+    wrong: list[tuple[str, Callable[..., Any], type[Exception], tuple[str, ...]]] = [
+        ("column", lambda t, x: x[:, :1], ValueError, (*shape, "(5, 1)")),
+        ("row", lambda t, x: x[:1], ValueError, (*shape, "(1, 2)")),
+        ("scalar", lambda t, x: x.sum(), ValueError, (*shape, "()")),
+        ("none", lambda t, x: None, TypeError, (*shape, "NoneType")),
+        ("number", lambda t, x: 1.0, TypeError, (*shape, "float")),
+        ("array", lambda t, x: x.detach().numpy(), TypeError, (*shape, "ndarray")),
+        ("pair", lambda t, x: (x, x), TypeError, (*shape, "tuple")),
+        ("float64", lambda t, x: x.double(), TypeError, double),
+        ("in-place", lambda t, x: x.mul_(2.0), RuntimeError, ("in-place",)),
+    ]
+    solvers = {
+        "backprop": cnf.Solver(),
+        "checkpoint": cnf.Solver(gradient="checkpoint"),
+        "adjoint": cnf.Solver(gradient="adjoint"),
+        "rk4": cnf.Solver("rk4"),
+        "torchdiffeq": cnf.TorchDiffEq(),
+    }
+    for (name, field, error, words), (kind, solver) in itertools.product(wrong, solvers.items()):
+        yield Case(
+            f"field-{name}-{kind}", lambda f=field, s=solver: log_det(f, None, s), error, words
+        )
+    for name, field, error, words in wrong:
+        yield Case(
+            f"field-{name}-hutchinson",
+            lambda f=field: cnf.CNF(f).forward_and_log_det(points(5)),
+            error,
+            words,
+        )
+        yield Case(
+            f"field-{name}-value", lambda f=field: cnf.CNF(f).forward(points(5)), error, words
+        )
+    for name, field in (
+        ("number", 3),
+        ("one", lambda x: x),
+        ("four", lambda t, x, context, extra: x),
+    ):
+        yield Case(
+            f"not-a-field-{name}", lambda f=field: cnf.CNF(f), TypeError, ("field", "function")
+        )
+
+
+def solves() -> Iterator[Case]:
+    """Fields that no solver can integrate, in every gradient mode and with every backend."""
+
+    def nan_at_once(t: Tensor, x: Tensor) -> Tensor:
+        return x * NAN
+
+    def nan_later(t: Tensor, x: Tensor) -> Tensor:
+        return x * (NAN if t > 0.5 else -1.0)
+
+    def nan_in_sample(t: Tensor, x: Tensor) -> Tensor:
+        return x * torch.where(x.detach()[:, :1] > 0.2, NAN, -1.0)
+
+    def square(t: Tensor, x: Tensor) -> Tensor:  # x(t) = 1 / (1/2 - t) from x(0) = 2
+        return x * x
+
+    def stiff(t: Tensor, x: Tensor) -> Tensor:
+        return -1e6 * (x - torch.cos(t))
+
+    def singular(t: Tensor, x: Tensor) -> Tensor:  # x(t) = -log(1/e - t) from x(0) = 1
+        return x.exp()
+
+    two = torch.full((4, 1), 2.0)
+    failing: list[tuple[str, Callable[..., Tensor], Tensor, str, tuple[str, ...]]] = [
+        ("nan-at-once", nan_at_once, points(5), "non_finite_field", ("t=0 ", "weights", "5 of 5")),
+        ("nan-later", nan_later, points(5), "non_finite_field", ("weights", "5 of 5")),
+        ("nan-in-sample", nan_in_sample, points(5), "non_finite_field", ("2 of 5", "[3, 4]")),
+        ("blow-up", square, two, "blow_up", ("bound the field", "4 of 4")),
+        ("stiff", stiff, points(5), "too_many_steps", ("stiff", "loosen")),
+        ("singular", singular, two / 2, "step_underflow", ("t=0.36788", "discontinuous", "smooth")),
+    ]
+    solvers: dict[str, cnf.Solver | cnf.TorchDiffEq] = {
+        "backprop": cnf.Solver(),
+        "checkpoint": cnf.Solver(gradient="checkpoint", max_steps=300),
+        "adjoint": cnf.Solver(gradient="adjoint", max_steps=300),
+        "tsit5": cnf.Solver("tsit5", max_steps=300),
+        "rk4": cnf.Solver("rk4"),
+        "euler": cnf.Solver("euler", gradient="checkpoint"),
+        "torchdiffeq": cnf.TorchDiffEq(max_nfe=2000),
+        "torchdiffeq-adjoint": cnf.TorchDiffEq(gradient="adjoint", max_nfe=1000),
+        "torchdiffeq-rk4": cnf.TorchDiffEq("rk4"),
+    }
+    for (name, field, x, status, words), (kind, solver) in itertools.product(
+        failing, solvers.items()
+    ):
+        fixed = kind in ("rk4", "euler", "torchdiffeq-rk4")
+        if fixed and name in ("stiff", "singular"):
+            continue  # equal steps see no stiffness: they overflow, or return something finite
+        if kind == "torchdiffeq" and name == "singular":
+            continue  # its first overflowing trial step counts as a NaN of the field
+        if kind == "torchdiffeq-adjoint" and name in ("blow-up", "singular"):
+            continue  # as without adjoint: the forward solve fails
+        yield Case(
+            f"{name}-{kind}",
+            lambda f=field, x=x, s=solver: log_det(f, x.clone().requires_grad_(), s),
+            cnf.SolverError,
+            (*words, status, "Remedy"),
+            status,
+        )
+    yield Case(
+        "stiff-limit",
+        lambda: log_det(stiff, None, cnf.Solver(max_steps=50)),
+        cnf.SolverError,
+        ("max_steps=50", "raise max_steps"),
+        "too_many_steps",
+    )
+    yield Case(
+        "stiff-limit-torchdiffeq",
+        lambda: log_det(stiff, None, cnf.TorchDiffEq(max_nfe=50)),
+        cnf.SolverError,
+        ("max_nfe=50", "raise max_nfe"),
+        "too_many_steps",
+    )
+    for solver in (cnf.Solver(), cnf.Solver("rk4"), cnf.Solver(gradient="adjoint")):
+        yield Case(
+            f"nan-weights-{solver.method}-{solver.gradient}",
+            lambda s=solver: with_nan_weights(solver=s).log_prob(points(5)),
+            cnf.SolverError,
+            ("t=1 ", "field.network.2.weight", "weights"),
+            "non_finite_field",
+        )
+
+
+def choices() -> Iterator[Case]:
+    """Numbers out of range, and names that are not known."""
+    for name in ("rtol", "atol"):
+        for value in (-1e-5, NAN, float("inf")):
+            for kind in (cnf.Solver, cnf.TorchDiffEq):
+                yield Case(
+                    f"{kind.__name__}-{name}-{value}",
+                    lambda k=kind, n=name, v=value: k(**{n: v}),
+                    ValueError,
+                    (f"{name}={value}", "1e-5"),
+                )
+        yield Case(
+            f"{name}-text", lambda n=name: cnf.Solver(**{n: "1e-5"}), TypeError, (name, "str")
+        )
+    both = ("rtol=0", "atol=0", "1e-5")
+    yield Case("tolerances-zero", lambda: cnf.Solver(rtol=0, atol=0), ValueError, both)
+    for name, value in itertools.product(("max_steps", "steps"), (0, -3, 2.5, True, "10")):
+        yield Case(
+            f"{name}-{value!r}",
+            lambda n=name, v=value: cnf.Solver(**{n: v}),
+            ValueError,
+            (f"{name}={value!r}", "positive integer"),
+        )
+    yield Case("first-step", lambda: cnf.Solver(first_step=0.0), ValueError, ("first_step=0.0",))
+    yield Case("probes", lambda: cnf.Hutchinson(probes=0), ValueError, ("probes=0", "positive"))
+    yield Case("chunk", lambda: cnf.Exact(chunk_size=0), ValueError, ("chunk_size=0", "positive"))
+    wrong = torch.ones(2, 5, 2)
+    yield Case(
+        "noise-shape",
+        lambda: cnf.Hutchinson()(lambda t, x, c: x, torch.tensor(0.0), points(5), None, wrong),
+        ValueError,
+        ("noise", "(1, 5, 2)", "(2, 5, 2)", "sample_noise"),
+    )
+    methods = ("'dopri'", "euler", "dopri5", "Did you mean 'dopri8'")
+    x, act = points(5), ("tanh", "softplus", "Did you mean 'softplus'")
+    named: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
+        ("method", lambda: cnf.Solver("dopri"), methods),
+        ("torchdiffeq-method", lambda: cnf.TorchDiffEq("dopri"), methods),
+        ("gradient", lambda: cnf.Solver(gradient="adjont"), ("backprop", "mean 'adjoint'")),
+        ("error-control", lambda: cnf.Solver(error_control="stat"), ("log_det", "mean 'state'")),
+        ("divergence", lambda: flow(divergence="exat"), ("'hutchinson'", "mean 'exact'")),
+        ("call", lambda: flow().log_prob(x, divergence="huchinson"), ("mean 'hutchinson'",)),
+        ("distribution", lambda: flow().distribution(divergence="exat"), ("mean 'exact'",)),
+        ("noise", lambda: cnf.Hutchinson("rademaher"), ("rademaher", "'rademacher'", "'gaussian'")),
+        ("activation", lambda: flow(activation="softpuls"), act),
+    ]
+    for name, call, words in named:
+        yield Case(f"unknown-{name}", call, ValueError, words)
+    kinds: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
+        ("divergence", lambda: flow().log_prob(x, divergence=3), ("divergence", "int", "'exact'")),
+        ("solver", lambda: flow().log_prob(x, solver="rk4"), ("solver", "cnf.Solver('rk4')")),
+        ("generator", lambda: flow().sample(3, generator=0), ("generator", "int", "manual_seed")),
+        ("choice", lambda: flow().log_prob(x, probes=3), ("probes",)),
+        ("transform-choice", lambda: flow().transform.forward(x, probes=3), ("probes", "solver")),
+        ("compose", lambda: cnf.Compose(nn.Tanh()), ("transforms[0]", "Tanh")),
+        ("inverse", lambda: cnf.Inverse(3), ("transform", "int")),
+        ("flow", lambda: cnf.Flow(cnf.StandardNormal(2), nn.Tanh()), ("transform", "Tanh")),
+        ("base", lambda: flow(base="normal"), ("base", "str")),
+        ("objective", lambda: cnf.MaximumLikelihood(nn.Tanh()), ("flow", "Tanh")),
+    ]
+    for name, call, words in kinds:
+        yield Case(f"kind-{name}", call, TypeError, words)
+    yield Case("compose-nothing", lambda: cnf.Compose(), ValueError, ("at least one",))
+
+
+def sizes() -> Iterator[Case]:
+    """Sizes and sample shapes."""
+    for shape, error in (
+        (-1, ValueError),
+        ((3, -1), ValueError),
+        (2.5, TypeError),
+        (True, TypeError),
+    ):
+        words = ("sample shape", str(shape))
+        for name in ("sample", "rsample", "sample_and_log_prob"):
+            yield Case(
+                f"{name}-{shape}", lambda n=name, s=shape: getattr(flow(), n)(s), error, words
+            )
+    for shape in ("3", None, (2, 1.0)):
+        words = ("sample shape", repr(shape), "integer")
+        yield Case(f"sample-{shape!r}", lambda s=shape: flow().sample(s), TypeError, words)
+    for features in (0, -1, (2, 0), True):
+        yield Case(
+            f"features-{features}", lambda f=features: cnf.FFJORD(f), ValueError, ("features",)
+        )
+    yield Case("hidden", lambda: cnf.FFJORD(2, hidden=(8, 0)), ValueError, ("hidden=(8, 0)",))
+    yield Case("blocks", lambda: cnf.FFJORD(2, blocks=0), ValueError, ("blocks", "positive"))
+    yield Case("context-size", lambda: cnf.FFJORD(2, context=-1), ValueError, ("context=-1",))
+    yield Case("event-shape", lambda: cnf.StandardNormal(2, 0), ValueError, ("event_shape=(2, 0)",))
+    yield Case("event-tuple", lambda: cnf.StandardNormal((2, 3)), ValueError, ("event_shape",))
+    yield Case("event-dims", lambda: cnf.CNF(cnf.MLPField(2), event_dims=-1), ValueError, ("=-1",))
+    three = cnf.StandardNormal(3)
+    words = ("base", "(3,)", "features=(2,)")
+    yield Case("base-event", lambda: cnf.FFJORD(2, base=three), ValueError, words)
+    normal = torch.distributions.Normal(torch.zeros(2), 1.0)
+    words = ("base", "batch_shape (2,)", "Independent(base, 1)")
+    yield Case("base-batch", lambda: cnf.FFJORD(2, base=normal), ValueError, words)
+
+
+def times() -> Iterator[Case]:
+    """Times that are no numbers, not finite, or too close."""
+    x = points(5)
+
+    def solve(t0: Any, t1: Any) -> cnf.odeint:
+        return cnf.odeint(lambda t, x: -x, x, t0, t1)
+
+    for name, t0, t1, error, words in (
+        ("nan", 0.0, NAN, ValueError, ("t1", "nan", "finite")),
+        ("inf", -float("inf"), 0.0, ValueError, ("t0", "inf", "finite")),
+        ("list", [0.0], 1.0, TypeError, ("t0", "list", "number")),
+        ("text", 0.0, "1", TypeError, ("t1", "str", "number")),
+        ("vector", 0.0, torch.tensor([0.5, 1.0]), ValueError, ("t1", "(2,)", "number")),
+        ("close", 1e4, 1e4 + 1e-3, ValueError, ("t0", "t1", "resolution", "float64")),
+    ):
+        yield Case(f"time-{name}", lambda a=t0, b=t1: solve(a, b), error, words)
+    cnf_nan = cnf.CNF(lambda t, x: -x, times=(0.0, NAN))
+    yield Case("times-nan", lambda: cnf_nan.forward(x), ValueError, ("nan", "finite"))
+
+
+CASES = [
+    case for group in (inputs, contexts, fields, solves, choices, sizes, times) for case in group()
+]
+
+
+def main() -> int:
+    """Check every case; the number of complaints."""
+    torch.set_num_threads(1)
+    complaints = [(case.name, complaint(case)) for case in CASES]
+    failed = [f"{name}: {text}" for name, text in complaints if text is not None]
+    sys.stdout.write("\n".join([*failed, f"{len(CASES)} cases, {len(failed)} complaints\n"]))
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

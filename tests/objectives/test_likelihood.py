@@ -1,0 +1,80 @@
+"""Maximum likelihood: its value, its gradient, and the density that it finds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import cnf
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("conditional", [True, False], ids=["context", "no-context"])
+def test_the_loss_is_the_mean_negative_log_likelihood(conditional: bool) -> None:
+    flow = cnf.FFJORD(2, context=3 if conditional else 0)
+    batch = (torch.randn(16, 2), torch.randn(16, 3)) if conditional else (torch.randn(16, 2),)
+    loss = cnf.MaximumLikelihood(flow)(*batch, generator=seeded())
+    assert loss.shape == ()
+    assert torch.equal(loss, -flow.log_prob(*batch, generator=seeded()).mean())
+
+
+def test_choices_reach_the_flow() -> None:
+    objective, x = cnf.MaximumLikelihood(cnf.FFJORD(2)), torch.randn(16, 2)
+    with cnf.record_solves() as solves:
+        losses = [objective(x, divergence="exact", solver=cnf.Solver("rk4")) for _ in range(2)]
+    assert torch.equal(*losses)
+    assert {s.method for s in solves} == {"rk4"}
+
+
+def test_its_parameters_are_the_flows() -> None:
+    flow = cnf.FFJORD(2)
+    objective = cnf.MaximumLikelihood(flow)
+    assert [id(p) for p in objective.parameters()] == [id(p) for p in flow.parameters()]
+    objective(torch.randn(16, 2)).backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_training_finds_a_gaussian(divergence: str) -> None:
+    """The loss falls to the entropy of the data, which no density can beat on average."""
+    torch.manual_seed(0)
+    data = torch.distributions.MultivariateNormal(
+        torch.tensor([1.0, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.6]])
+    )
+    solver = cnf.Solver("rk4", steps=4)
+    flow = cnf.FFJORD(2, hidden=(32,), divergence=divergence, solver=solver)
+    objective = cnf.MaximumLikelihood(flow)
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        objective(data.sample((256,))).backward()
+        optimiser.step()
+    test = data.sample((4000,))
+    with torch.no_grad():
+        gap = data.log_prob(test) - flow.log_prob(test, divergence="exact", solver=cnf.Solver())
+    assert -4.5 * gap.std().item() / math.sqrt(4000) <= gap.mean().item() < 0.05
+
+
+def test_ddp_wraps_it_as_any_module(tmp_path: Path) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    objective, x = cnf.MaximumLikelihood(cnf.FFJORD(2, divergence="exact")), torch.randn(16, 2)
+    objective(x).backward()
+    expected = [p.grad.clone() for p in objective.parameters()]
+    objective.zero_grad()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        DistributedDataParallel(objective)(x).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    found = [p.grad for p in objective.parameters()]
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
