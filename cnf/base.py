@@ -83,6 +83,8 @@ class StandardNormal(Base):
 class DistributionBase(Base):
     """Any torch distribution as a base; its tensors move and convert with the module.
 
+    They are no parameters: to train a base, write a `Base` that holds its own.
+
     Args:
         distribution: with an empty batch shape: wrap in `torch.distributions.Independent` what
             has one.

@@ -49,6 +49,10 @@ class FlowDistribution(Distribution):
         super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
         _register_kl()
 
+    def __repr__(self) -> str:
+        batch, event = tuple(self.batch_shape), tuple(self.event_shape)
+        return f"FlowDistribution(batch_shape={batch}, event_shape={event})"
+
     @property
     def support(self) -> constraints.Constraint:
         """All of R^D: the samples are where the transform puts them."""
@@ -82,10 +86,20 @@ class FlowDistribution(Distribution):
 
     def rsample(self, sample_shape: _Size = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised samples (*sample, *batch, *event)."""
-        # Without context the batch is only repetition, which the sample shape can hold.
-        shape = tuple(sample_shape) + (tuple(self.batch_shape) if self.context is None else ())
         choices = {k: v for k, v in self.choices.items() if k != "divergence"}
-        return self.flow.rsample(shape, self.context, **choices)
+        return self.flow.rsample(self._shape(sample_shape), self.context, **choices)
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: _Size = torch.Size(),  # noqa: B008
+    ) -> tuple[Tensor, Tensor]:
+        """Reparameterised samples and their log-densities (*sample, *batch), from one solve."""
+        shape = self._shape(sample_shape)
+        return self.flow.rsample_and_log_prob(shape, self.context, **self.choices)
+
+    def _shape(self, sample_shape: _Size) -> tuple[int, ...]:
+        """What the flow has to draw: without context, the batch is repetition too."""
+        return tuple(sample_shape) + (tuple(self.batch_shape) if self.context is None else ())
 
     def sample(self, sample_shape: _Size = torch.Size()) -> Tensor:  # noqa: B008
         """Samples (*sample, *batch, *event), without gradient."""
@@ -103,8 +117,12 @@ def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:
     batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p = p if p.batch_shape == batch else p.expand(batch)
     shape = torch.Size((_KL_SAMPLES,))
-    x = p.rsample(shape) if p.has_rsample else p.sample(shape)
-    return (p.log_prob(x) - q.log_prob(x)).mean(0)
+    if isinstance(p, FlowDistribution):
+        x, log_prob = p.rsample_and_log_prob(shape)
+    else:
+        x = p.rsample(shape) if p.has_rsample else p.sample(shape)
+        log_prob = p.log_prob(x)
+    return (log_prob - q.log_prob(x)).mean(0)
 
 
 @cache

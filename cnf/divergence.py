@@ -7,7 +7,6 @@ at every evaluation, so that the estimated system is an ODE with a solution.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cnf.checks import check_choice, check_count
 from cnf.graph import unknown_leaves
 
 __all__ = ["Divergence", "Exact", "Hutchinson", "as_divergence"]
@@ -88,7 +88,7 @@ class Exact(Divergence):
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
-            _check_positive("chunk_size", self.chunk_size)
+            check_count("chunk_size", self.chunk_size)
 
     def __call__(
         self,
@@ -147,9 +147,8 @@ class Hutchinson(Divergence):
     probes: int = 1
 
     def __post_init__(self) -> None:
-        if self.noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise={self.noise!r} is not known; use 'rademacher' or 'gaussian'")
-        _check_positive("probes", self.probes)
+        check_choice("noise", self.noise, ("rademacher", "gaussian"))
+        check_count("probes", self.probes)
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes (k, B, *event)."""
@@ -200,16 +199,8 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
             f"got {type(divergence).__name__}"
         )
     names: dict[str, Divergence] = {"exact": Exact(), "hutchinson": Hutchinson()}
-    if divergence in names:
-        return names[divergence]
-    near = difflib.get_close_matches(divergence, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"divergence={divergence!r} is not known; use 'exact' or 'hutchinson'.{hint}")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
+    check_choice("divergence", divergence, names)
+    return names[divergence]
 
 
 def _linearised(

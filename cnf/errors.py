@@ -36,6 +36,17 @@ class SolverError(RuntimeError):
         self.nfe = nfe
         self.samples = tuple(samples)
 
+    def explained(self, more: str) -> SolverError:
+        """The same error, with a sentence more."""
+        return SolverError(
+            f"{self} {more}",
+            status=self.status,
+            t=self.t,
+            dt=self.dt,
+            nfe=self.nfe,
+            samples=self.samples,
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:  # exceptions are rebuilt from their message alone
         return type(self).__new__, (type(self), *self.args), vars(self)
 

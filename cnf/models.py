@@ -9,9 +9,10 @@ from torch import nn
 from torch.distributions import Distribution
 
 from cnf.base import Base, StandardNormal
+from cnf.checks import check_count
 from cnf.divergence import Divergence
 from cnf.fields import MLPField
-from cnf.fields.base import check_sizes
+from cnf.fields.base import event_shape_of
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms import CNF, Compose, Transform
@@ -64,9 +65,8 @@ class FFJORD(Flow):
         base: Base | Distribution | None = None,
         **options: Any,
     ) -> None:
-        event_shape = (features,) if isinstance(features, int) else tuple(features)
-        check_sizes("features", event_shape)
-        check_sizes("blocks", (blocks,))
+        event_shape = event_shape_of(features)
+        check_count("blocks", blocks)
         steps: list[Transform] = [
             CNF(
                 field(features, hidden, context=context, **options),

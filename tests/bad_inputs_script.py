@@ -384,10 +384,10 @@ def choices() -> Iterator[Case]:
         ("torchdiffeq-method", lambda: cnf.TorchDiffEq("dopri"), methods),
         ("gradient", lambda: cnf.Solver(gradient="adjont"), ("backprop", "mean 'adjoint'")),
         ("error-control", lambda: cnf.Solver(error_control="stat"), ("log_det", "mean 'state'")),
-        ("divergence", lambda: flow(divergence="exat"), ("'hutchinson'", "mean 'exact'")),
+        ("divergence", lambda: flow(divergence="exat"), ("hutchinson", "mean 'exact'")),
         ("call", lambda: flow().log_prob(x, divergence="huchinson"), ("mean 'hutchinson'",)),
         ("distribution", lambda: flow().distribution(divergence="exat"), ("mean 'exact'",)),
-        ("noise", lambda: cnf.Hutchinson("rademaher"), ("rademaher", "'rademacher'", "'gaussian'")),
+        ("noise", lambda: cnf.Hutchinson("rademaher"), ("rademaher", "'rademacher'", "gaussian")),
         ("activation", lambda: flow(activation="softpuls"), act),
     ]
     for name, call, words in named:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 
 from torch import nn
+
+from cnf.checks import check_choice
 
 __all__ = ["ACTIVATIONS", "activation"]
 
@@ -39,11 +40,5 @@ def activation(choice: str | nn.Module) -> nn.Module:
             f"activation must be a name or a module, got {type(choice).__name__}; "
             f"names are {', '.join(ACTIVATIONS)}"
         )
-    if choice in ACTIVATIONS:
-        return ACTIVATIONS[choice]()
-    near = difflib.get_close_matches(choice, ACTIVATIONS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"activation={choice!r} is not known; expected one of {', '.join(ACTIVATIONS)}, "
-        f"or a module.{hint}"
-    )
+    check_choice("activation", choice, ACTIVATIONS, ", or a module")
+    return ACTIVATIONS[choice]()

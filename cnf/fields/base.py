@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-__all__ = ["Field", "VectorField", "check_sizes", "context_use"]
+__all__ = ["Field", "VectorField", "check_sizes", "context_use", "event_shape_of"]
 
 Field = Callable[..., Tensor]
 """f(t, x) or f(t, x, context) -> dx; t (), x (B, *event), context (B, C), dx (B, *event)."""
@@ -33,8 +33,7 @@ class VectorField(nn.Module):
 
     def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
         super().__init__()
-        shape = (features,) if isinstance(features, int) else tuple(features)
-        check_sizes("features", shape)
+        shape = event_shape_of(features)
         if isinstance(context, bool) or not isinstance(context, int) or context < 0:
             raise ValueError(f"context={context!r} must be a number of features, 0 for none")
         self.event_shape = shape
@@ -56,9 +55,10 @@ class VectorField(nn.Module):
         return self.derivative(t, flat, context).reshape(x.shape)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
+        expected = ("B", *self.event_shape)
         if x.shape[1:] != self.event_shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected (B, {str(self.event_shape)[1:-1]})"
+                f"x has shape {tuple(x.shape)}, expected ({', '.join(map(str, expected))})"
             )
         if context is None and self.context:
             raise ValueError(
@@ -76,10 +76,20 @@ class VectorField(nn.Module):
             )
 
 
-def check_sizes(name: str, sizes: Sequence[int]) -> None:
-    """Refuse sizes that are not positive integers."""
+def event_shape_of(features: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of one sample: (D,) for an int D, or the given shape."""
+    if isinstance(features, int):
+        features = (features,)
+    check_sizes("features", features, "an integer D or a shape such as (C, H, W)")
+    return tuple(features)
+
+
+def check_sizes(name: str, sizes: Sequence[int], expected: str = "such as (64, 64)") -> None:
+    """Refuse what is not a sequence of positive integers."""
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"{name}={sizes!r} must be a sequence of positive integers, {expected}")
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        raise ValueError(f"{name}={tuple(sizes)!r} must be positive integers")
+        raise ValueError(f"{name}={tuple(sizes)!r} must be positive integers, {expected}")
 
 
 def context_use(field: Field) -> Literal["none", "optional", "required"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,10 @@ _WHAT = {
 def samples_of(bad: Tensor) -> list[int]:
     """The first ten indices of the true entries of a mask, flattened."""
     return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)[:10]]
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 @dataclass
@@ -76,12 +81,15 @@ class Failure:
             errors: error estimate per sample of the step tried last.
         """
         status, bad = self._cause(status, x, slopes, errors)
+        what = _WHAT[status]
+        if status == "non_finite_field" and _finite(k for k in slopes if k.shape == x.shape):
+            what = "the divergence of the vector field, or another quadrature, is NaN or Inf"
         samples = samples_of(bad)
         self.stats.status = status
         limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
         total = int(bad.sum())
         return SolverError(
-            f"{_WHAT[status]} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
+            f"{what} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
             f"{self.stats.nfe} evaluations; {total} of {bad.numel()} samples at fault, "
             f"first indices {samples}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cnf.errors import SolverError
 from cnf.graph import unknown_leaves
 from cnf.ode.control import Tolerance
 from cnf.ode.rhs import Derivative, RightHandSide
@@ -258,14 +259,20 @@ class AdjointSolve:
             flat = [g.reshape(-1) for g in dp]
             return torch.stack((dx.detach(), da), n), torch.cat(flat) if flat else None
 
-        y = integrate(
-            RightHandSide(augmented, n, stats, per_sample=False),
-            torch.stack((x, a), n),
-            Clock(self.clock.end, self.clock.start),
-            dataclasses.replace(self.solver, first_step=None),
-            batch_dims=n,
-            controlled=0,
-        )
+        try:
+            y = integrate(
+                RightHandSide(augmented, n, stats, per_sample=False),
+                torch.stack((x, a), n),
+                Clock(self.clock.end, self.clock.start),
+                dataclasses.replace(self.solver, first_step=None),
+                batch_dims=n,
+                controlled=0,
+            )
+        except SolverError as error:
+            raise error.explained(
+                "In the backward solve of the adjoint, which a field can make unstable where the "
+                "forward one is not; use gradient='backprop' or 'checkpoint'."
+            ) from None
         self._check_drift(start, y.x.select(n, 0))
         return y.x.select(n, 1), x.new_zeros(0) if y.q is None else y.q
 

@@ -6,10 +6,11 @@ adaptive steps; one without takes a fixed number of equal steps.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+
+from cnf.checks import check_choice
 
 __all__ = ["METHODS", "Tableau", "tableau"]
 
@@ -193,8 +194,5 @@ def tableau(name: str) -> Tableau:
         >>> tableau("dopri5").order, tableau("dopri5").first_same_as_last
         (5, True)
     """
-    if name in METHODS:
-        return METHODS[name]
-    near = difflib.get_close_matches(str(name), METHODS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"method={name!r} is not known; expected one of {', '.join(METHODS)}.{hint}")
+    check_choice("method", name, METHODS)
+    return METHODS[name]

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from cnf.checks import check_choice, check_count, check_number
 from cnf.ode.methods import Tableau, tableau
 
-__all__ = ["ErrorControl", "Gradient", "Solver", "check_choice", "check_tolerances"]
+__all__ = ["ErrorControl", "Gradient", "Solver", "check_tolerances"]
 
 Gradient = Literal["backprop", "checkpoint", "adjoint"]
 ErrorControl = Literal["log_det", "state"]
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of `choices`, naming the nearest one."""
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(choices)}.{hint}")
-
-
 def check_tolerances(rtol: float, atol: float) -> None:
     """Refuse tolerances that are negative, not finite, or both zero."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+        check_number(name, value)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value} must be finite and not negative, such as 1e-5")
     if rtol == 0 and atol == 0:
         raise ValueError("rtol=0 and atol=0 ask for an exact solve; set one of them, such as 1e-5")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse a number that is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
 @dataclass(frozen=True)
@@ -90,10 +74,10 @@ class Solver:
         check_count("max_steps", self.max_steps)
         check_choice("gradient", self.gradient, ("backprop", "checkpoint", "adjoint"))
         check_choice("error_control", self.error_control, ("log_det", "state"))
-        if self.first_step is not None and not (
-            math.isfinite(self.first_step) and self.first_step > 0
-        ):
-            raise ValueError(f"first_step={self.first_step} must be positive (or None)")
+        if self.first_step is not None:
+            check_number("first_step", self.first_step)
+            if not 0 < self.first_step < math.inf:
+                raise ValueError(f"first_step={self.first_step} must be positive (or None)")
 
     @property
     def tableau(self) -> Tableau:

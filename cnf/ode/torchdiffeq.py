@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cnf.checks import check_choice, check_count
 from cnf.errors import SolverError
 from cnf.ode.control import Tolerance
 from cnf.ode.failure import Failure
 from cnf.ode.gradient import first_derivative
 from cnf.ode.rhs import RightHandSide
 from cnf.ode.solve import Integral, integrate
-from cnf.ode.solver import Solver, check_choice, check_count, check_tolerances
+from cnf.ode.solver import Solver, check_tolerances
 from cnf.ode.stats import Recorders, SolveStats
 from cnf.ode.step import Clock
 
@@ -59,7 +60,7 @@ class TorchDiffEq:
     rtol: float = 1e-5
     atol: float = 1e-5
     steps: int = 20
-    max_nfe: int = 10_000
+    max_nfe: int = 5_000
     gradient: Literal["backprop", "adjoint"] = "backprop"
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cnf.checks import check_number
 from cnf.divergence import Divergence, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
@@ -77,7 +78,11 @@ class CNF(Transform):
         elif isinstance(event_dims, bool) or not isinstance(event_dims, int) or event_dims < 0:
             raise ValueError(f"event_dims={event_dims!r} must be a number of dimensions, 0 or more")
         self.event_dims = event_dims
-        self.times = times
+        if len(tuple(times)) != 2:
+            raise ValueError(f"times={times!r} must be a pair, (base time, data time)")
+        for name, t in zip(("times[0]", "times[1]"), times, strict=True):
+            check_number(name, t)
+        self.times = (times[0], times[1])
 
     def extra_repr(self) -> str:
         """The choices, for `print`."""
@@ -217,15 +222,7 @@ class CNF(Transform):
         """The error, with the name of the first parameter that is not finite."""
         for name, parameter in self.named_parameters():
             if error.status == "non_finite_field" and not parameter.isfinite().all():
-                message = f"{error} The parameter {name} is not finite."
-                return SolverError(
-                    message,
-                    status=error.status,
-                    t=error.t,
-                    dt=error.dt,
-                    nfe=error.nfe,
-                    samples=error.samples,
-                )
+                return error.explained(f"The parameter {name} is not finite.")
         return error
 
 

@@ -1,0 +1,38 @@
+"""Checks of arguments that many places share; each error names argument, value and remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["check_choice", "check_count", "check_number"]
+
+
+def check_choice(name: str, value: object, choices: Iterable[str], other: str = "") -> None:
+    """Refuse a value that is none of `choices`, naming the nearest one.
+
+    Raises:
+        ValueError: with the choices, and `other`, what else may be given.
+
+    Example:
+        >>> check_choice("method", "dopri5", ["dopri5", "rk4"])
+    """
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    known = f"{', '.join(choices)}{other}"
+    raise ValueError(f"{name}={value!r} is not known; expected one of {known}.{hint}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse a number that is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuse what is not a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
