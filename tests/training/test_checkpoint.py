@@ -92,7 +92,11 @@ def test_shared_and_strided_tensors(file: Path) -> None:
     assert loaded["same"].sum() == base.sum()
 
 
-@pytest.mark.parametrize("value", [object(), Path("x"), {1.5: 2}, 1j, {None: 1}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), Path("x"), {1.5: 2}, 1j, {None: 1}],
+    ids=["object", "path", "float key", "complex", "none key"],
+)
 def test_other_types_are_named(file: Path, value: object) -> None:
     before = file.read_bytes()
     with pytest.raises(TypeError, match=r"config\.a"):
