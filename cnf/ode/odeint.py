@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cnf.ode.adjoint import AdjointSolve
 from cnf.ode.failure import samples_of
-from cnf.ode.gradient import AdjointSolve, Recomputing, first_derivative
+from cnf.ode.gradient import first_derivative
+from cnf.ode.recompute import Recomputing
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.solve import integrate
 from cnf.ode.solver import Solver
