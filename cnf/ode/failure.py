@@ -11,7 +11,7 @@ from torch import Tensor
 from cnf.errors import SolverError
 from cnf.ode.stats import SolveStats
 
-__all__ = ["Failure", "samples_of"]
+__all__ = ["Failure", "largest", "samples_of"]
 
 _BLOW_UP = 1e6  # growth of the largest state that no useful flow shows
 
@@ -39,6 +39,11 @@ def samples_of(bad: Tensor) -> list[int]:
     return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)[:10]]
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest |x|, a tensor (); 0 for an empty one."""
+    return x.detach().abs().max() if x.numel() else x.new_zeros(())
+
+
 def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -51,14 +56,14 @@ class Failure:
         limit: name of the limit of steps, an argument of the solver.
         bound: its value.
         stats: its statistics.
-        start: largest |x| at the start.
+        start: largest |x| at the start, a tensor () so that only a failure waits for its value.
         batch_dims: leading dimensions that index samples.
     """
 
     limit: str
     bound: int
     stats: SolveStats
-    start: float
+    start: Tensor
     batch_dims: int
 
     def error(
@@ -104,7 +109,7 @@ class Failure:
         self, status: str, x: Tensor, slopes: list[Tensor], errors: Tensor | None
     ) -> tuple[str, Tensor]:
         sizes = self._per_sample(x.detach().abs()).amax(-1)
-        grown = ~(sizes <= _BLOW_UP * max(1.0, self.start))
+        grown = ~(sizes <= _BLOW_UP * self.start.clamp(min=1.0))
         if grown.any():
             return "blow_up", grown
         bad = torch.zeros_like(grown)

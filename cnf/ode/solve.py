@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.control import Controller, Tolerance, first_step
-from cnf.ode.failure import Failure
+from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.solver import Solver
 from cnf.ode.step import Clock, Step, runge_kutta_step
@@ -65,8 +65,7 @@ def integrate(
         ) -> Step:
             return runge_kutta_step(f, solver.tableau, clock, t, t_next, x, first)
 
-    start = x.detach().abs().max().item() if x.numel() else 0.0
-    failure = Failure("max_steps", solver.max_steps, f.stats, start, batch_dims)
+    failure = Failure("max_steps", solver.max_steps, f.stats, largest(x), batch_dims)
     if clock.start == clock.end or not solver.tableau.adaptive:
         result = _fixed(f, x, clock, solver, failure, stepper, first)
     else:

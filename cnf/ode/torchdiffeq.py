@@ -16,7 +16,7 @@ from torch import Tensor
 from cnf.checks import check_choice, check_count
 from cnf.errors import SolverError
 from cnf.ode.control import Tolerance
-from cnf.ode.failure import Failure
+from cnf.ode.failure import Failure, largest
 from cnf.ode.gradient import first_derivative
 from cnf.ode.rhs import RightHandSide
 from cnf.ode.solve import Integral, integrate
@@ -172,7 +172,7 @@ class _Guard:
     ) -> None:
         self.f = f
         self.solver = solver
-        self.start = x.detach().abs().max().item() if x.numel() else 0.0
+        self.start = largest(x)
         self.batch_dims = batch_dims
         self.recorders = recorders
         self.forward_stats = f.stats
