@@ -49,6 +49,10 @@ class FlowDistribution(Distribution):
         super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
         _register_kl()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register_kl()
+
     def __repr__(self) -> str:
         batch, event = tuple(self.batch_shape), tuple(self.event_shape)
         return f"FlowDistribution(batch_shape={batch}, event_shape={event})"

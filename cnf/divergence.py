@@ -20,7 +20,7 @@ from cnf.graph import unknown_leaves
 
 __all__ = ["Divergence", "Exact", "Hutchinson", "as_divergence"]
 
-Field = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+BoundField = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event)."""
 
 _CHUNK_ELEMENTS = 2**24  # numbers in one batch of products: 64 MiB in float32
@@ -47,7 +47,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def __call__(
-        self, field: Field, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor | None
+        self, field: BoundField, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """f(t, x, context) and its divergence.
 
@@ -92,7 +92,7 @@ class Exact(Divergence):
 
     def __call__(
         self,
-        field: Field,
+        field: BoundField,
         t: Tensor,
         x: Tensor,
         context: Tensor | None = None,
@@ -163,7 +163,7 @@ class Hutchinson(Divergence):
 
     def __call__(
         self,
-        field: Field,
+        field: BoundField,
         t: Tensor,
         x: Tensor,
         context: Tensor | None = None,
@@ -204,7 +204,7 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
 
 
 def _linearised(
-    field: Field,
+    field: BoundField,
     t: Tensor,
     x: Tensor,
     context: Tensor | None,
@@ -235,6 +235,8 @@ def _products(dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Ten
     if len(vectors) > 1 and x.numel() > 0:
         try:
             return _grad(dx, x, vectors, create_graph, batched=True)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError):
             pass  # a backward pass that vmap cannot vectorise: one by one below
     rows: Sequence[Tensor] = [_grad(dx, x, v, create_graph, batched=False) for v in vectors]

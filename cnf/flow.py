@@ -12,9 +12,9 @@ from cnf.base import Base, as_base
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, as_divergence
 from cnf.ode import Solver, TorchDiffEq
-from cnf.transforms.base import Choices, Transform
+from cnf.transforms.base import Choices, Compose, Transform
 from cnf.transforms.context import check_context, expand_context
-from cnf.transforms.continuous import as_solver
+from cnf.transforms.continuous import CNF, as_solver
 
 __all__ = ["Flow"]
 
@@ -24,9 +24,9 @@ class Flow(nn.Module):
 
         log p(x) = log p_0(f^-1(x)) + log |det df^-1/dx|
 
-    Every method takes `divergence=`, `solver=` and `generator=` for that call alone: they reach
-    every `CNF` in the transform. With Hutchinson's estimator `log_prob` is random, unbiased, and
-    exactly repeated by a generator of the same seed.
+    Every method takes `solver=` and `generator=`, and those that return densities `divergence=`,
+    for that call alone: they reach every `CNF` in the transform. With Hutchinson's estimator
+    `log_prob` is random, unbiased, and exactly repeated by a generator of the same seed.
 
     Args:
         base: a base module, such as `StandardNormal(2)`, or a torch distribution.
@@ -34,6 +34,7 @@ class Flow(nn.Module):
 
     Raises:
         TypeError: an argument of another kind.
+        ValueError: a base and a CNF of different event shapes.
 
     Example:
         >>> import cnf
@@ -49,6 +50,7 @@ class Flow(nn.Module):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
         self.base = as_base(base)
         self.transform = transform
+        _check_events(self.base.event_shape, transform)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ class Flow(nn.Module):
         return self.base.event_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None, **choices: Any) -> Tensor:
-        """`log_prob`, so that DDP and compilers wrap a flow as any module."""
+        """`log_prob`, so that DDP wraps a flow as any module."""
         return self.log_prob(x, context, **choices)
 
     def log_prob(
@@ -215,6 +217,23 @@ class Flow(nn.Module):
         z, log_det = self.transform.inverse_and_log_det(x[finite], context, **choices)
         known = self.base.log_prob(z) + log_det
         return x.new_full(batch, float("nan")).masked_scatter(finite, known)
+
+
+def _check_events(event_shape: tuple[int, ...], transform: Transform) -> None:
+    """Refuse a CNF that reads samples of another shape than the base draws."""
+    for part in transform if isinstance(transform, Compose) else [transform]:
+        if not isinstance(part, CNF):
+            continue
+        shape = getattr(part.field, "event_shape", None)
+        if shape is not None and tuple(shape) != event_shape:
+            raise ValueError(
+                f"base has event_shape {event_shape}, but the field has {tuple(shape)}"
+            )
+        if part.event_dims != len(event_shape):
+            raise ValueError(
+                f"base has event_shape {event_shape}, but the CNF has event_dims="
+                f"{part.event_dims}; use CNF(field, ..., event_dims={len(event_shape)})"
+            )
 
 
 def _choices(

@@ -67,6 +67,12 @@ class FFJORD(Flow):
     ) -> None:
         event_shape = event_shape_of(features)
         check_count("blocks", blocks)
+        if isinstance(field, nn.Module) or not callable(field):
+            raise TypeError(
+                f"field must make fields, called as field(features, hidden, context=...), such as "
+                f"cnf.MLPField; got {type(field).__name__}; for a ready field use "
+                "cnf.Flow(cnf.StandardNormal(...), cnf.CNF(field))"
+            )
         steps: list[Transform] = [
             CNF(
                 field(features, hidden, context=context, **options),
@@ -80,7 +86,3 @@ class FFJORD(Flow):
             StandardNormal(*event_shape) if base is None else base,
             steps[0] if blocks == 1 else Compose(*steps),
         )
-        if self.event_shape != event_shape:
-            raise ValueError(
-                f"base has event_shape {self.event_shape}, expected features={event_shape}"
-            )

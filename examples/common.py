@@ -18,6 +18,7 @@ import cnf
 from cnf.ode import METHODS
 from cnf.training import FitResult, fit, load_weights
 
+UNRELATED = ("out", "resume", "test_size", "threads")  # flags that do not change the training
 ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
 FIELDS = {"mlp": cnf.MLPField, "concatsquash": cnf.ConcatSquashField}
 REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
@@ -45,11 +46,16 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--threads", type=int, default=1, help="CPU threads; networks this small gain by one alone"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of weights, batches and test points")
     p.add_argument("--max-time", type=float, help="end training after so many seconds")
     p.add_argument("--ema-decay", type=float, help="decay of the average of the weights")
-    p.add_argument("--out", type=Path, help="folder of the run (default: runs/EXAMPLE-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    p.add_argument("--out", type=Path, help="folder of the run; none takes runs/EXAMPLE-DATA")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the run in --out stopped, with the same flags; "
+        "with another --steps, the learning rate follows the new schedule",
+    )
     p.set_defaults(**defaults)
     return p
 
@@ -89,14 +95,14 @@ def train(
         max_time=args.max_time,
         out=out,
         resume=args.resume,
-        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        config={k: v for k, v in vars(args).items() if k not in UNRELATED},
         seed=args.seed,
         device=device,
     )
     if result.signal is not None:
         print(f"Stopped at step {result.step}, saved in {out}. Go on with --resume.")
-    elif result.best is not None:
-        load_weights(flow, result.best, prefix="flow")
+    else:
+        load_weights(flow, result.best or out / "last.safetensors", prefix="flow")
     return flow, result
 
 
@@ -119,6 +125,7 @@ def flow_solver(args: argparse.Namespace) -> cnf.Solver:
         rtol=args.rtol,
         atol=args.atol,
         steps=args.solver_steps,
+        max_steps=200,  # a field that needs more has diverged
         gradient=args.gradient,
     )
 
@@ -127,7 +134,15 @@ def device_of(name: str) -> torch.device:
     """The device that --device names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device={name} cannot be used; try auto, cpu or cuda ({reason})"
+        ) from None
+    return device
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -186,7 +201,7 @@ def describe_training(flow: cnf.Flow, result: FitResult) -> list[str]:
     forward, backward = (n / max(1, result.step) for n in (result.nfe_forward, result.nfe_backward))
     return [
         f"training              {result.step} steps in {result.elapsed:.0f} s, best at step "
-        f"{result.best_step}, stopped by {result.stopped}",
+        f"{result.best_step}, stopped by {result.stopped.replace('_', ' ')}",
         f"evaluations a step    {forward:.1f} forward, {backward:.1f} backward",
         f"parameters            {size}",
     ]

@@ -37,8 +37,11 @@ def main() -> int:
     )
     flags.add_argument("--test-size", type=int, default=10_000, help="test points")
     args = flags.parse_args()
+    if args.test_size < 2:
+        raise ValueError(f"--test-size={args.test_size} must be 2 or more, for a standard error")
     out = args.out or Path("runs") / f"density2d-{Path(args.data).stem}"
-    density = ImageDensity.open(args.data) if Path(args.data).is_file() else toy(args.data)
+    is_file = Path(args.data).suffix or Path(args.data).is_file()
+    density = ImageDensity.open(args.data) if is_file else toy(args.data)
     held_out = torch.Generator().manual_seed(args.seed + 1)
     val, test = (density.sample(n, held_out) for n in (2000, args.test_size))
 

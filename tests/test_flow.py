@@ -264,3 +264,19 @@ def test_easy_samples_do_not_dilute_the_error_of_a_hard_one(tolerance: float) ->
     _, true = field.forward_and_log_det(x[:1], solver=TIGHT)
     assert (alone[0] - true[0]).abs() <= 10 * tolerance
     assert (log_det[0] - true[0]).abs() <= 10 * tolerance
+
+
+@pytest.mark.parametrize(
+    "part",
+    [cnf.CNF(lambda t, x: -x), cnf.CNF(cnf.MLPField(3)), cnf.CNF(lambda t, x: -x, event_dims=0)],
+    ids=["default event_dims", "field of another shape", "scalars"],
+)
+def test_a_base_and_a_cnf_of_different_events_are_refused(part) -> None:
+    with pytest.raises(ValueError, match="base has event_shape"):
+        cnf.Flow(cnf.StandardNormal(1, 8, 8), part)
+
+
+@pytest.mark.parametrize("field", [cnf.MLPField(2), "mlp"], ids=["a field", "a name"])
+def test_ffjord_wants_what_makes_a_field(field) -> None:
+    with pytest.raises(TypeError, match=r"field must make fields.*cnf\.CNF\(field\)"):
+        cnf.FFJORD(2, field=field)

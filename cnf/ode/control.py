@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -114,18 +115,17 @@ def first_step(
         return abs(span)
     d0 = tolerance.per_sample(x, x)
     d1 = tolerance.per_sample(dx, x)
-    guess = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
-    h0 = min(guess.min().item(), abs(span))
+    # A sample at zero or at rest says nothing about the step: it is left to the others.
+    silent = (d0 < 1e-5) | (d1 < 1e-5)
+    guess = torch.where(silent, torch.inf, 0.01 * d0 / d1).min().item()
+    h0 = min(guess, 0.01 * abs(span)) if guess == math.inf else min(guess, abs(span))
     if not h0 > 0:
-        return float("nan")
+        return math.nan
     h = h0 if span > 0 else -h0
     moved, _ = f(clock.times([clock.start + h], x)[0], torch.add(x, dx, alpha=h))
     d2 = tolerance.per_sample(moved - dx, x) / h0
     steepest = torch.maximum(d1, d2)
-    h1 = torch.where(
-        steepest <= 1e-15,
-        torch.full_like(d0, max(1e-6, h0 * 1e-3)),
-        (0.01 / steepest) ** (1.0 / order),
-    )
-    best = h1.nan_to_num(h0, h0, h0).min().item()
-    return min(100 * h0, best, abs(span))
+    h1 = torch.where(steepest <= 1e-15, torch.inf, (0.01 / steepest) ** (1.0 / order))
+    best = h1.nan_to_num(h0, math.inf, h0).min().item()
+    h = min(100 * h0, best, abs(span))
+    return h if h > 0 else math.nan

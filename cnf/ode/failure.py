@@ -22,8 +22,9 @@ _REMEDIES = {
     "tanh layers), regularise it, or shorten the time span",
     "step_underflow": "the field is stiff or discontinuous there; regularise it or use smooth "
     "activations, loosen rtol and atol, or use float64",
-    "too_many_steps": "the field is stiff or the tolerance tight; regularise it, loosen rtol and "
-    "atol, or raise {limit}",
+    "too_many_steps": "the field is stiff (in training, after too high a learning rate), random "
+    "(dropout, noise drawn in it), or the tolerance tight; lower the learning rate, regularise the "
+    "field, loosen rtol and atol, or raise {limit}",
 }
 
 _WHAT = {
@@ -109,7 +110,8 @@ class Failure:
         self, status: str, x: Tensor, slopes: list[Tensor], errors: Tensor | None
     ) -> tuple[str, Tensor]:
         sizes = self._per_sample(x.detach().abs()).amax(-1)
-        grown = ~(sizes <= _BLOW_UP * self.start.clamp(min=1.0))
+        bound = _BLOW_UP * self.start.clamp(min=1.0)
+        grown = ~(sizes <= bound.clamp(max=1e-3 * torch.finfo(x.dtype).max))
         if grown.any():
             return "blow_up", grown
         bad = torch.zeros_like(grown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ def _clock(t0: float | Tensor, t1: float | Tensor, x: Tensor) -> Clock:
     for name, t in (("t0", t0), ("t1", t1)):
         if isinstance(t, Tensor) and t.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor (), got shape {tuple(t.shape)}")
-        if not isinstance(t, (int, float, Tensor)):
+        if not isinstance(t, (Real, Tensor)):
             raise TypeError(f"{name} must be a number or a tensor (), got {type(t).__name__}")
         times.append(float(t.detach() if isinstance(t, Tensor) else t))
         if not math.isfinite(times[-1]):

@@ -164,6 +164,8 @@ def _adaptive(
     for _ in range(solver.max_steps):
         landing = h >= abs(end - t) * (1 - 1e-10)
         t_next = end if landing else t + sign * h
+        if t_next == t:
+            raise failure.error("step_underflow", t, h, x, [])
         step = stepper(clock, t, t_next, x, first)
         errors = tolerance.error(method, x, q, step, t_next - t)
         error = errors.max().item() if errors.numel() else 0.0

@@ -62,7 +62,7 @@ class TorchDiffEq:
     steps: int = 20
     max_nfe: int = 5_000
     gradient: Literal["backprop", "adjoint"] = "backprop"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, _ADAPTIVE + _FIXED)

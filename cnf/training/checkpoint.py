@@ -111,6 +111,13 @@ def load_weights(
         for name, value in state[section].items()
         if name.startswith(start)
     }
+    inner = {name.partition(".")[2] for name in state[section]}
+    if not prefix and weights.keys() != inner == module.state_dict().keys():
+        first = next(iter(state[section])).partition(".")[0]
+        raise CheckpointError(
+            f"checkpoint {path} holds an objective, and this {type(module).__name__} is its part: "
+            f"use load_weights(module, path, prefix={first!r})."
+        )
     module.load_state_dict(weights_of(weights, module, path))
 
 

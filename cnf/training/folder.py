@@ -46,6 +46,11 @@ class RunFolder:
             raise ValueError("resume=True needs out=, the folder of the run")
         if self.out is not None:
             pack(run.state_dict())  # what cannot be saved is better known before the first step
+            if resume is True and self.last is not None and not self.last.exists():
+                raise CheckpointError(
+                    f"{self.last} does not exist: there is nothing to resume. Start without "
+                    "resume=True (--resume)."
+                )
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:

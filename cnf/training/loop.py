@@ -106,7 +106,8 @@ def fit(
     _check_counts(steps=steps, validate_every=validate_every, log_every=log_every)
     _check_choices(validate, patience=patience, clip_grad_norm=clip_grad_norm, scheduler=scheduler)
     batches = make_batches(train, batch_size=batch_size, seed=seed)
-    objective.to(device or next(objective.parameters()).device).train()
+    parameters = _parameters(objective, optimizer)
+    objective.to(device or parameters[0].device).train()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=1e-3)
     ema = moving_average(objective, ema_decay)
     settings = {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay}
@@ -176,6 +177,22 @@ def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -
     log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed})
     bar.validated(loss)
     return better
+
+
+def _parameters(objective: nn.Module, optimizer: Optimizer | None) -> list[nn.Parameter]:
+    """The parameters of the objective, after a check that they are what the optimiser moves."""
+    parameters = list(objective.parameters())
+    if not parameters:
+        raise ValueError(
+            "objective has no parameters; a field that is a plain function hides its own: "
+            "make it an nn.Module"
+        )
+    moved = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    )
+    if optimizer and not any(id(p) in moved for p in parameters):
+        raise ValueError("optimizer holds no parameter of objective: build it from this objective")
+    return parameters
 
 
 def _check_counts(**counts: int) -> None:

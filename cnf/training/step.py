@@ -73,7 +73,10 @@ def take_step(run: Run, *, clip_grad_norm: float | None) -> StepReport:
 def _finite_value(loss: object, step: int) -> float:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"objective(batch) must return a scalar Tensor, got {got}")
+        raise TypeError(
+            f"objective(batch) must return a scalar Tensor, got {got}; "
+            "wrap a flow in cnf.MaximumLikelihood(flow)"
+        )
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(

@@ -33,8 +33,9 @@ class CNF(Transform):
 
     Args:
         field: a module or function f(t, x) or f(t, x, context) -> dx, with t (), x (B, *event),
-            context (B, C). A sample's dx must depend on no other sample. A plain function's
-            parameters are not seen by the module: register them, or use a module.
+            context (B, C). A sample's dx must depend on no other sample, and be a differentiable,
+            deterministic function of its arguments. A plain function's parameters are not seen by
+            the module: use a module.
         divergence: "exact", "hutchinson", or a `Divergence`.
         solver: the choices of the solve; None for `Solver()`.
         event_dims: number of trailing dimensions of a sample; None takes it from the field's
@@ -134,6 +135,8 @@ class CNF(Transform):
         n = x.ndim - self.event_dims
         batch, event = x.shape[:n], x.shape[n:]
         context = self._batch_context(context, batch, x)
+        if context is not None:
+            context = context.clone()  # the caller may reuse its memory before backward
         flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
         end, log_dets = self._integrate(flat, context, times, choices, log_det=log_det)
         return end.reshape(x.shape), log_dets.reshape(batch)
@@ -227,22 +230,29 @@ class CNF(Transform):
 
 
 class _BoundField:
-    """A field as f(t, x, context), whichever of the two signatures it has."""
+    """A field as f(t, x, context), whichever of the two signatures it has.
+
+    It keeps the parameters of the moment: a backward pass that evaluates the field again must use
+    them even if `torch.func.functional_call` has taken them out of the module since.
+    """
 
     def __init__(self, field: Field) -> None:
         self.field = field
         if hasattr(field, "with_divergence"):
             self.with_divergence = field.with_divergence
-        self.replaced: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         if isinstance(field, nn.Module):
-            tensors = [*field.named_parameters(), *field.named_buffers()]
-            self.replaced = {name: p.clone() for name, p in tensors if p.is_inference()}
+            named = [*field.named_parameters(), *field.named_buffers()]
+            self.tensors = {name: _normal(tensor) for name, tensor in named}
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         arguments = (t, x) if context is None else (t, x, context)
-        if self.replaced and isinstance(self.field, nn.Module):
-            return torch.func.functional_call(self.field, self.replaced, arguments)
+        if isinstance(self.field, nn.Module) and self._replaced(self.field):
+            return torch.func.functional_call(self.field, self.tensors, arguments)
         return self.field(*arguments)
+
+    def _replaced(self, field: nn.Module) -> bool:
+        return any(self.tensors[name] is not p for name, p in field.named_parameters())
 
 
 def _normal(tensor: Tensor) -> Tensor:

@@ -96,3 +96,19 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     for section in ("model", "ema"):
         for name, value in whole[section].items():
             assert value.equal(cut[section][name]), name
+
+
+def test_a_table_of_dependent_columns_is_refused_before_training(tmp_path):
+    file = tmp_path / "table.csv"
+    rows = [f"{i % 7},{i * i % 11},{2 * (i % 7)}" for i in range(60)]
+    file.write_text("a,b,c\n" + "\n".join(rows))
+    done = run("table.py", "--data", file, "--steps", 10**6, "--out", tmp_path / "run", check=False)
+    assert done.returncode == 1
+    assert "linear combination" in done.stderr
+
+
+def test_an_unusable_device_is_told_without_a_traceback(tmp_path):
+    done = run("density2d.py", "--device", "gpu", "--out", tmp_path / "run", check=False)
+    assert done.returncode == 1
+    assert "--device=gpu" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -512,3 +512,38 @@ def test_parameters_stay_out_of_the_error_norm_of_the_adjoint():
         nfe[wanted] = [s.nfe for s in solves]
     assert nfe[True] == nfe[False]
     assert len(nfe[True]) == 2
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_parameters_swapped_for_one_call_get_their_gradient(gradient):
+    """functional_call takes the swapped parameters out again before backward runs."""
+    solver = Solver("rk4", steps=10, gradient=gradient)
+    flow = cnf.FFJORD(2, (8,), divergence="exact", solver=solver).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+
+    def gradients(choice):
+        new = {n: (1.5 * p.detach()).requires_grad_() for n, p in flow.named_parameters()}
+        loss = torch.func.functional_call(flow, new, (x,), {"solver": choice}).sum()
+        return torch.autograd.grad(loss, list(new.values()))
+
+    truth = gradients(dataclasses.replace(solver, gradient="backprop"))
+    assert all(g.norm() > 0 for g in truth)
+    for got, true in zip(gradients(solver), truth, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_a_context_overwritten_before_backward_does_not_change_the_gradient(gradient):
+    solver = Solver("rk4", steps=5, gradient=gradient)
+    flow = cnf.FFJORD(2, (8,), context=1, divergence="exact", solver=solver)
+    x, context = torch.randn(5, 2), torch.randn(5, 1)
+
+    def gradients(*, overwrite):
+        mine = context.clone()
+        loss = flow.log_prob(x, mine).sum()
+        if overwrite:
+            mine.fill_(5.0)
+        return torch.autograd.grad(loss, list(flow.parameters()))
+
+    for got, true in zip(gradients(overwrite=True), gradients(overwrite=False), strict=True):
+        assert torch.equal(got, true)

@@ -298,3 +298,24 @@ def test_other_architecture_is_left_unchanged(tmp_path: Path) -> None:
         load_weights(deep, file)
     assert str(caught.value).count("\n") == 11
     assert "... and 7 more" in str(caught.value)
+
+
+def test_weights_of_an_objective_are_not_those_of_its_part(tmp_path: Path) -> None:
+    import cnf
+    from cnf.training import fit, load_weights
+
+    flow = cnf.FFJORD(2, (4,))
+    result = fit(
+        cnf.MaximumLikelihood(flow),
+        torch.randn(8, 2),
+        steps=1,
+        batch_size=4,
+        out=tmp_path,
+        progress=False,
+    )
+    assert result.last is not None
+    other = cnf.FFJORD(2, (4,))
+    with pytest.raises(CheckpointError, match="prefix='flow'"):
+        load_weights(other, result.last)
+    load_weights(other, result.last, ema=False, prefix="flow")
+    assert all(p.equal(q) for p, q in zip(other.parameters(), flow.parameters(), strict=True))

@@ -375,3 +375,19 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
         quick(Quadratic(), out=tmp_path)
     assert (tmp_path / "last.safetensors").read_bytes() == before
     assert quick(Quadratic(), out=tmp_path, resume=True).step == 20
+
+
+def test_an_objective_without_parameters_is_refused() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean()
+
+    with pytest.raises(ValueError, match="no parameters"):
+        fit(Constant(), torch.ones(4, 2), steps=1, batch_size=2, progress=False)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    mine, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer"):
+        fit(mine, torch.ones(4, 2), steps=1, batch_size=2, optimizer=optimizer, progress=False)
