@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, transforms
 
 __all__ = ["Base", "DistributionBase", "StandardNormal", "as_base"]
 
@@ -81,7 +80,7 @@ class StandardNormal(Base):
 
 
 class DistributionBase(Base):
-    """Any torch distribution as a base; its tensors move and convert with the module.
+    """Any torch distribution as a base; its tensors are buffers: they move, convert and are saved.
 
     They are no parameters: to train a base, write a `Base` that holds its own.
 
@@ -112,8 +111,25 @@ class DistributionBase(Base):
                 f"base has batch_shape {tuple(distribution.batch_shape)}, expected (); make it "
                 f"part of the event with Independent(base, {len(distribution.batch_shape)})"
             )
-        self.distribution = distribution
         self.event_shape = tuple(distribution.event_shape)
+        tensors = {id(t): t for _, owner in _owners(distribution) for t in _tensors(owner).values()}
+        self._distribution = copy.deepcopy(distribution, tensors)  # a copy with the same tensors
+        self._names = [  # of each object in it, its tensors and the buffers that hold them
+            (owner, {key: f"{path}{key}" for key in _tensors(owner)})
+            for path, owner in _owners(self._distribution)
+        ]
+        for owner, names in self._names:
+            for key, name in names.items():
+                self.register_buffer(name, vars(owner)[key].contiguous())
+
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution, with the buffers as they are now."""
+        for owner, names in self._names:
+            for key in _tensors(owner):
+                del vars(owner)[key]  # what it has cached may be of another device
+            vars(owner).update({key: getattr(self, name) for key, name in names.items()})
+        return self._distribution
 
     def extra_repr(self) -> str:
         """The distribution, for `print`."""
@@ -127,9 +143,8 @@ class DistributionBase(Base):
         """Samples (*shape, *event); torch distributions draw from the global generator, which is
         seeded from `generator` for the draw and put back after it.
         """
-        draw = (
-            self.distribution.rsample if self.distribution.has_rsample else self.distribution.sample
-        )
+        distribution = self.distribution
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
         if generator is None:
             return draw(shape)
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
@@ -137,21 +152,26 @@ class DistributionBase(Base):
             torch.manual_seed(int(seed))
             return draw(shape)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistributionBase:
-        super()._apply(fn, recurse)
-        self.distribution = _map_tensors(self.distribution, fn)
-        return self
+
+def _tensors(owner: object) -> dict[str, Tensor]:
+    """The tensors that an object holds itself."""
+    return {key: value for key, value in vars(owner).items() if isinstance(value, Tensor)}
 
 
-def _map_tensors(distribution: Distribution, fn: Callable[[Tensor], Tensor]) -> Distribution:
-    """A copy of a distribution with fn applied to every tensor in it, and in those within it."""
-    new = copy.copy(distribution)
-    for name, value in vars(distribution).items():
-        if isinstance(value, Tensor):
-            vars(new)[name] = fn(value)
-        elif isinstance(value, Distribution):
-            vars(new)[name] = _map_tensors(value, fn)
-    return new
+def _owners(distribution: Distribution) -> list[tuple[str, object]]:
+    """A distribution and the distributions and transforms it is made of, each with its path."""
+    found: dict[int, tuple[str, object]] = {}
+    queue: list[tuple[str, object]] = [("", distribution)]
+    while queue:
+        path, owner = queue.pop()
+        if id(owner) in found:  # a transform and its inverse hold each other
+            continue
+        found[id(owner)] = (path, owner)
+        for key, value in vars(owner).items():
+            for i, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+                if isinstance(part, (Distribution, transforms.Transform)):
+                    queue.append((f"{path}{key}_{i}_", part))
+    return list(found.values())
 
 
 def as_base(base: Base | Distribution) -> Base:

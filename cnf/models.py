@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributions import Distribution
 
-from cnf.base import Base, StandardNormal
+from cnf.base import Base, StandardNormal, as_base
 from cnf.checks import check_count
 from cnf.divergence import Divergence
 from cnf.fields import MLPField
@@ -73,6 +73,11 @@ class FFJORD(Flow):
                 f"cnf.MLPField; got {type(field).__name__}; for a ready field use "
                 "cnf.Flow(cnf.StandardNormal(...), cnf.CNF(field))"
             )
+        base = StandardNormal(*event_shape) if base is None else as_base(base)
+        if base.event_shape != event_shape:
+            raise ValueError(
+                f"base has event_shape {base.event_shape}, expected features={event_shape}"
+            )
         steps: list[Transform] = [
             CNF(
                 field(features, hidden, context=context, **options),
@@ -82,7 +87,4 @@ class FFJORD(Flow):
             )
             for _ in range(blocks)
         ]
-        super().__init__(
-            StandardNormal(*event_shape) if base is None else base,
-            steps[0] if blocks == 1 else Compose(*steps),
-        )
+        super().__init__(base, steps[0] if blocks == 1 else Compose(*steps))

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch.distributions import (
+    AffineTransform,
     Categorical,
     Dirichlet,
     Distribution,
@@ -163,3 +164,25 @@ def test_the_gradient_flows_through_the_draw() -> None:
 def test_repr_names_the_distribution() -> None:
     assert repr(cnf.StandardNormal(1, 28, 28)) == "StandardNormal(1, 28, 28)"
     assert "Laplace" in repr(as_base(DISTRIBUTIONS["laplace"]))
+
+
+def shaped(scale: float) -> dict[str, Distribution]:
+    ones, eye = torch.ones(2), torch.eye(2)
+    components = Independent(Normal(torch.arange(6.0).reshape(3, 2), scale * torch.ones(3, 2)), 1)
+    stretched = [AffineTransform(ones, scale * ones, event_dim=1)]
+    return {
+        "normal": Independent(Normal(torch.zeros(2), torch.tensor(scale)), 1),
+        "multivariate": MultivariateNormal(torch.zeros(2), scale * eye),
+        "mixture": MixtureSameFamily(Categorical(torch.ones(3)), components),
+        "transformed": TransformedDistribution(Independent(Normal(0 * ones, ones), 1), stretched),
+    }
+
+
+@pytest.mark.parametrize("name", shaped(1.0))
+def test_a_loaded_base_is_the_saved_one(name: str) -> None:
+    saved, loaded = (DistributionBase(shaped(scale)[name]) for scale in (3.0, 1.0))
+    x = torch.randn(5, 2)
+    assert not torch.allclose(saved.log_prob(x), loaded.log_prob(x))  # and fills its caches
+    loaded.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(loaded.log_prob(x), saved.log_prob(x), rtol=0, atol=0)
+    assert loaded.double().log_prob(x.double()).dtype == torch.float64

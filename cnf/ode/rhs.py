@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,30 +40,37 @@ class RightHandSide:
         self.batch_dims = batch_dims
         self.stats = stats
         self.per_sample = per_sample
+        self.precision: Callable[[], AbstractContextManager[Any]] | None = None
 
     def counting(self, stats: SolveStats) -> RightHandSide:
-        """The same right-hand side, counted elsewhere."""
-        return RightHandSide(self.f, self.batch_dims, stats, per_sample=self.per_sample)
+        """The same right-hand side, counted elsewhere, at the same precision."""
+        other = RightHandSide(self.f, self.batch_dims, stats, per_sample=self.per_sample)
+        other.precision = self.precision
+        return other
 
     def __call__(self, t: Tensor, x: Tensor) -> Derivative:
         """(dx, dq) at t and x, checked."""
         self.stats.nfe += 1
         version = None if x.is_inference() else x._version
-        result = self.f(t, x)
+        if self.precision is None:
+            self.precision = _precision(x)
+        with self.precision():
+            result = self.f(t, x)
         if version is not None and x._version != version:
             raise RuntimeError(
                 "the vector field modified its argument x in-place, which corrupts the solve; "
                 "write x = x.clone() first, or use the out-of-place operation"
             )
         dx, dq = result if isinstance(result, tuple) else (result, None)
-        dx = _like(dx, x, "dx")
+        low = self.precision is not nullcontext
+        dx = _like(dx, x, "dx", low)
         if dx.shape != x.shape:
             raise ValueError(
                 f"the vector field must return dx of the shape of x, {tuple(x.shape)}, "
                 f"got {tuple(dx.shape)}"
             )
         if dq is not None:
-            dq = _like(dq, x, "dq")
+            dq = _like(dq, x, "dq", low)
             batch = x.shape[: self.batch_dims]
             if self.per_sample and (dq.ndim != len(batch) + 1 or dq.shape[:-1] != batch):
                 raise ValueError(
@@ -70,7 +80,15 @@ class RightHandSide:
         return dx, dq
 
 
-def _like(value: object, x: Tensor, name: str) -> Tensor:
+def _precision(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast mode of now, for evaluations in a backward pass that runs outside it."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+
+
+def _like(value: object, x: Tensor, name: str, low: bool) -> Tensor:
     """The derivative, refused unless it is a tensor of the dtype and device of x."""
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -80,7 +98,7 @@ def _like(value: object, x: Tensor, name: str) -> Tensor:
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device} but x is on {x.device}; move one of them")
     if value.dtype != x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not low:
             raise TypeError(
                 f"the vector field returned {name} of {value.dtype} for x of {x.dtype}; "
                 f"convert one of them, for example field.to({x.dtype})"

@@ -547,3 +547,22 @@ def test_a_context_overwritten_before_backward_does_not_change_the_gradient(grad
 
     for got, true in zip(gradients(overwrite=True), gradients(overwrite=False), strict=True):
         assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+def test_a_backward_pass_computes_at_the_precision_of_forward(gradient):
+    seen = []
+
+    class Watched(cnf.MLPField):
+        def forward(self, t, x, context=None):
+            dx = super().forward(t, x, context)
+            seen.append(dx.dtype)
+            return dx
+
+    flow = cnf.CNF(Watched(2, (8,)), "exact", Solver("rk4", steps=2, gradient=gradient))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = flow.inverse_and_log_det(torch.randn(5, 2))[1].sum()
+    forward = len(seen)
+    loss.backward()
+    assert len(seen) > forward
+    assert set(seen) == {torch.bfloat16}
