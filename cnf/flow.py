@@ -12,9 +12,10 @@ from cnf.base import Base, as_base
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, as_divergence
 from cnf.ode import Solver, TorchDiffEq
+from cnf.ode.odeint import as_solver
 from cnf.transforms.base import Choices, Compose, Transform
 from cnf.transforms.context import check_context, expand_context
-from cnf.transforms.continuous import CNF, as_solver
+from cnf.transforms.continuous import CNF
 
 __all__ = ["Flow"]
 

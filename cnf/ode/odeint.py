@@ -76,7 +76,7 @@ def odeint(
         >>> round(solution.x.item(), 4), solution.stats.status
         (0.3679, 'converged')
     """
-    solver = Solver() if solver is None else solver
+    solver = as_solver(solver)
     check_state(x, batch_dims)
     clock = _clock(t0, t1, x)
     if parameters is None:
@@ -119,6 +119,22 @@ def odeint(
             first=first,
         )
     return Solution(end.x, end.q, stats)
+
+
+def as_solver(solver: Solver | TorchDiffEq | None) -> Solver | TorchDiffEq:
+    """The solver, or the default one for None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if solver is None:
+        return Solver()
+    if not isinstance(solver, (Solver, TorchDiffEq)):
+        hint = f"; use cnf.Solver({solver!r})" if isinstance(solver, str) else ""
+        raise TypeError(
+            f"solver must be a cnf.Solver or cnf.TorchDiffEq, got {type(solver).__name__}{hint}"
+        )
+    return solver
 
 
 def check_state(x: Tensor, batch_dims: int = 1) -> None:

@@ -12,7 +12,7 @@ from cnf.divergence import Divergence, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
 from cnf.ode import Solver, TorchDiffEq, odeint
-from cnf.ode.odeint import check_finite, check_floating
+from cnf.ode.odeint import as_solver, check_finite, check_floating
 from cnf.ode.rhs import Derivative
 from cnf.transforms.base import Choices, Transform
 from cnf.transforms.context import check_context, expand_context
@@ -258,19 +258,3 @@ class _BoundField:
 def _normal(tensor: Tensor) -> Tensor:
     """A tensor that autograd may use: a copy, where it was made in inference mode."""
     return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
-
-
-def as_solver(solver: Solver | TorchDiffEq | None) -> Solver | TorchDiffEq:
-    """The solver, or the default one for None.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if solver is None:
-        return Solver()
-    if not isinstance(solver, (Solver, TorchDiffEq)):
-        hint = f"; use cnf.Solver({solver!r})" if isinstance(solver, str) else ""
-        raise TypeError(
-            f"solver must be a cnf.Solver or cnf.TorchDiffEq, got {type(solver).__name__}{hint}"
-        )
-    return solver

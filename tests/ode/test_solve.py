@@ -527,3 +527,8 @@ def test_odeint_works_in_inference_mode():
     with torch.inference_mode():
         x = odeint(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0).x
     assert x.item() == pytest.approx(math.exp(-1), abs=1e-4)
+
+
+def test_a_solver_by_name_is_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"use cnf\.Solver\('dopri5'\)"):
+        odeint(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, "dopri5")

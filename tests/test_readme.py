@@ -1,0 +1,35 @@
+"""The README's code runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_api_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(BLOCKS[0], {})
+    nfe, accepted, rejected = map(int, capsys.readouterr().out.split())
+    assert nfe == 2 + 6 * (accepted + rejected)  # dopri5: the start, a first step, six a step
+
+
+def test_own_fields_run() -> None:
+    import torch
+
+    import cnf
+
+    class Convolution(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(x)) * t
+
+    names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
+    exec(BLOCKS[1], names)
+    assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)
