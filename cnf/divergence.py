@@ -237,7 +237,7 @@ def _products(dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Ten
             return _grad(dx, x, vectors, create_graph, batched=True)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             pass  # a backward pass that vmap cannot vectorise: one by one below
     rows: Sequence[Tensor] = [_grad(dx, x, v, create_graph, batched=False) for v in vectors]
     return torch.stack(tuple(rows))

@@ -41,7 +41,12 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument("--solver-steps", type=int, default=20, help="steps of a fixed-step method")
     p.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance in training")
     p.add_argument("--atol", type=float, default=1e-3, help="absolute tolerance in training")
-    p.add_argument("--gradient", choices=["backprop", "checkpoint", "adjoint"], default="backprop")
+    p.add_argument(
+        "--gradient",
+        choices=["backprop", "checkpoint", "adjoint"],
+        default="backprop",
+        help="how the gradient is computed, see help(cnf.Solver)",
+    )
     p.add_argument("--device", default="auto", help="auto takes a GPU where there is one")
     p.add_argument(
         "--threads", type=int, default=1, help="CPU threads; networks this small gain by one alone"
@@ -152,9 +157,8 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / warm
-        return 0.01 + 0.99 * 0.5 * (
-            1 + math.cos(math.pi * min(1.0, (step - warm) / (steps - warm)))
-        )
+        done = min(1.0, (step - warm) / max(1, steps - warm))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

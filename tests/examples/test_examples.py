@@ -112,3 +112,8 @@ def test_an_unusable_device_is_told_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert "--device=gpu" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_single_step_is_a_run_too(tmp_path):
+    done = run("table.py", "--steps", 1, "--out", tmp_path / "run")
+    assert "1 steps" in done.stdout
