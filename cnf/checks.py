@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_count", "check_number"]
+__all__ = ["check_bool", "check_choice", "check_count", "check_number"]
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], other: str = "") -> None:
@@ -36,3 +36,9 @@ def check_number(name: str, value: float) -> None:
     """Refuse what is not a real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Refuse what is not True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False, got {type(value).__name__}")

@@ -7,6 +7,7 @@ at every evaluation, so that the estimated system is an ODE with a solution.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ BoundField = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event)."""
 
 _CHUNK_ELEMENTS = 2**24  # numbers in one batch of products: 64 MiB in float32
+_UNROLLED = 8  # products that a compiled evaluation takes one by one
 
 
 class Divergence(ABC):
@@ -37,7 +39,7 @@ class Divergence(ABC):
     """
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """The noise of one solve, or None where nothing is random.
+        """The noise of one solve (B, ...), or None where nothing is random.
 
         Args:
             x: state (B, *event), for shape, dtype and device.
@@ -56,7 +58,7 @@ class Divergence(ABC):
             t: time ().
             x: state (B, *event).
             context: (B, C) or None.
-            noise: from `sample_noise`.
+            noise: from `sample_noise`, its first dimension that of the samples.
 
         Returns:
             dx (B, *event) and the divergence (B,).
@@ -103,19 +105,20 @@ class Exact(Divergence):
         if closed_form is not None:
             dx, div = closed_form(t, x, context)
             return dx, div
-        return _linearised(field, t, x, context, self._trace)
 
-    def _trace(self, dx: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-        batch, dims = x.shape[0], x[0].numel() if len(x) else 0
-        chunk = self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, x.numel()))
-        div = x.new_zeros(batch)
-        for start in range(0, dims, chunk):
-            i = torch.arange(start, min(start + chunk, dims), device=x.device)
-            basis = torch.nn.functional.one_hot(i, dims).to(x)  # (K, D)
-            e = basis[:, None].expand(-1, batch, -1).reshape(-1, *x.shape)  # (K, B, *event)
-            rows = _products(dx, x, e, create_graph)  # (K, B, *event)
-            div = div + rows.reshape(len(i), batch, dims)[torch.arange(len(i)), :, i].sum(0)
-        return div
+        def trace(products: Products) -> Tensor:
+            batch, dims = x.shape[0], math.prod(x.shape[1:])
+            chunk = self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
+            div = x.new_zeros(batch)
+            for start in range(0, dims, chunk):
+                i = range(start, min(start + chunk, dims))
+                basis = torch.eye(dims, dtype=x.dtype, device=x.device)[start : i.stop]
+                e = basis.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)  # (K, B, *event)
+                for k, row in zip(i, products(e), strict=True):
+                    div = div + row.reshape(batch, dims)[:, k]
+            return div
+
+        return _linearised(field, t, x, context, trace)
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ class Hutchinson(Divergence):
         check_count("probes", self.probes)
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Probes (k, B, *event)."""
+        """Probes (B, k, *event)."""
         device = x.device if generator is None else generator.device
-        shape = (self.probes, *x.shape)
+        shape = (x.shape[0], self.probes, *x.shape[1:])
         if self.noise == "gaussian":
             e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator)
         else:
@@ -170,16 +173,18 @@ class Hutchinson(Divergence):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """f(t, x, context) (B, *event) and the estimate of its divergence (B,)."""
-        if noise is None or noise.shape != (self.probes, *x.shape):
+        shape = (x.shape[0], self.probes, *x.shape[1:])
+        if noise is None or noise.shape != shape:
             seen = None if noise is None else tuple(noise.shape)
             raise ValueError(
-                f"noise must have the shape (probes, *x.shape) = {(self.probes, *x.shape)}, "
+                f"noise must have the shape (B, probes, *event) = {tuple(shape)}, "
                 f"got {seen}; draw it with sample_noise(x)"
             )
+        probes = noise.movedim(1, 0)  # (k, B, *event)
 
-        def trace(dx: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-            rows = _products(dx, x, noise, create_graph)  # (k, B, *event)
-            return (rows * noise).unsqueeze(-1).flatten(2).sum(-1).mean(0)  # (B,)
+        def trace(products: Products) -> Tensor:
+            estimates = [_dot(row, e) for row, e in zip(products(probes), probes, strict=True)]
+            return estimates[0] if len(estimates) == 1 else torch.stack(estimates).mean(0)
 
         return _linearised(field, t, x, context, trace)
 
@@ -203,18 +208,34 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
     return names[divergence]
 
 
+Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
+"""The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
+
+
 def _linearised(
     field: BoundField,
     t: Tensor,
     x: Tensor,
     context: Tensor | None,
-    trace: Callable[[Tensor, Tensor, bool], Tensor],
+    trace: Callable[[Products], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """f and a function of its Jacobian, with a graph only where a gradient can be asked.
 
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
+    if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
+        linearised: tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]
+        linearised = torch.func.vjp(lambda x: field(t, x, context), x)  # type: ignore[assignment]
+        dx, pullback = linearised
+
+        def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
+            if len(vectors) > _UNROLLED:
+                rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
+                return rows
+            return [pullback(v)[0] for v in vectors.unbind()]
+
+        return dx, trace(products)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
@@ -226,12 +247,14 @@ def _linearised(
             differentiable = bool(unknown_leaves([dx], [x]))
         if not dx.requires_grad:  # f is constant
             return dx, x.new_zeros(x.shape[0])
-        div = trace(dx, x, differentiable)
+        div = trace(lambda vectors: _products(dx, x, vectors, differentiable))
     return (dx, div) if differentiable else (dx.detach(), div.detach())
 
 
-def _products(dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
-    """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> (K, B, *event)."""
+def _products(
+    dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool
+) -> Sequence[Tensor] | Tensor:
+    """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> K of (B, *event)."""
     if len(vectors) > 1 and x.numel() > 0:
         try:
             return _grad(dx, x, vectors, create_graph, batched=True)
@@ -239,8 +262,7 @@ def _products(dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Ten
             raise
         except RuntimeError:
             pass  # a backward pass that vmap cannot vectorise: one by one below
-    rows: Sequence[Tensor] = [_grad(dx, x, v, create_graph, batched=False) for v in vectors]
-    return torch.stack(tuple(rows))
+    return [_grad(dx, x, v, create_graph, batched=False) for v in vectors]
 
 
 def _grad(dx: Tensor, x: Tensor, v: Tensor, create_graph: bool, *, batched: bool) -> Tensor:
@@ -256,3 +278,9 @@ def _grad(dx: Tensor, x: Tensor, v: Tensor, create_graph: bool, *, batched: bool
     if row is None:  # f does not depend on x
         return torch.zeros_like(v)
     return row
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each sample of a and b: (B, *event) -> (B,)."""
+    product = a * b
+    return product if product.ndim == 1 else product.flatten(1).sum(1)

@@ -12,11 +12,12 @@ class SolverError(RuntimeError):
     """An ODE solve that could not reach its end time, with the cause.
 
     Attributes:
-        status: "non_finite_field", "blow_up", "step_underflow" or "too_many_steps".
+        status: "non_finite_field", "blow_up", "step_underflow" (stiff), "too_many_steps" or
+            "tolerance_below_resolution" (of the dtype).
         t: time that the solve had reached.
         dt: the step that it tried last (0.0 before the first one).
         nfe: function evaluations spent.
-        samples: indices (into the flattened batch) of the samples at fault, ten at most.
+        samples: indices (into the flattened batch) of the samples at fault.
     """
 
     def __init__(

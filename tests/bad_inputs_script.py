@@ -375,7 +375,7 @@ def choices() -> Iterator[Case]:
         "noise-shape",
         lambda: cnf.Hutchinson()(lambda t, x, c: x, torch.tensor(0.0), points(5), None, wrong),
         ValueError,
-        ("noise", "(1, 5, 2)", "(2, 5, 2)", "sample_noise"),
+        ("noise", "(5, 1, 2)", "(2, 5, 2)", "sample_noise"),
     )
     methods = ("'dopri'", "euler", "dopri5", "Did you mean 'dopri8'")
     x, act = points(5), ("tanh", "softplus", "Did you mean 'softplus'")

@@ -127,7 +127,7 @@ def test_a_backward_pass_that_cannot_be_vectorised(divergence):
     noise = divergence.sample_noise(x)
     div = divergence(lambda t, x, c: Stubborn.apply(x), T, x, None, noise)[1]
     if isinstance(divergence, Hutchinson):
-        torch.testing.assert_close(div, (noise.square() * x.cos()).sum(-1).mean(0))
+        torch.testing.assert_close(div, (noise.square() * x.cos()[:, None]).sum(-1).mean(1))
     else:
         torch.testing.assert_close(div, x.cos().sum(-1))
 
@@ -317,9 +317,9 @@ def test_the_estimate_is_the_quadratic_form_of_its_noise(shape, noise):
     dims = math.prod(shape)
     a, x, divergence = normal(dims, dims), normal(4, *shape), Hutchinson(noise, probes=3)
     e = divergence.sample_noise(x)
-    assert e.shape == (3, 4, *shape)
-    flat = e.reshape(3, 4, dims)
-    expected = torch.einsum("kbi,ij,kbj->kb", flat, a, flat).mean(0)
+    assert e.shape == (4, 3, *shape)
+    flat = e.reshape(4, 3, dims)
+    expected = torch.einsum("bki,ij,bkj->bk", flat, a, flat).mean(1)
     torch.testing.assert_close(divergence(matrix_field(a), T, x, None, e)[1], expected)
 
 
@@ -370,9 +370,9 @@ def test_a_generator_of_the_host_gives_the_same_noise_on_a_gpu(noise):
     assert Hutchinson(noise).sample_noise(x.cuda(), own).is_cuda
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 5, 3), (4, 3), (1, 4, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 3), (5, 1, 3), (1, 4, 3), (4, 3), (4, 1, 3, 1)], ids=str)
 def test_noise_of_a_wrong_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"\(1, 4, 3\).*sample_noise"):
+    with pytest.raises(ValueError, match=r"\(4, 1, 3\).*sample_noise"):
         Hutchinson()(matrix_field(normal(3, 3)), T, normal(4, 3), None, normal(*shape))
     with pytest.raises(ValueError, match="got None"):
         Hutchinson()(matrix_field(normal(3, 3)), T, normal(4, 3), None, None)

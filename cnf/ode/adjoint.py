@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
-from cnf.ode.control import Tolerance
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
 from cnf.ode.rhs import Derivative, RightHandSide
-from cnf.ode.solve import Integral, integrate
+from cnf.ode.solve import Integral, integrate, tolerance_of
 from cnf.ode.solver import Solver
 from cnf.ode.stats import Recorders, SolveStats
 from cnf.ode.step import Clock
+from cnf.ode.stepper import EagerStepper, Stepper
+from cnf.warn import warn
 
 __all__ = ["AdjointSolve"]
 
@@ -36,22 +36,17 @@ class AdjointSolve:
 
     def __init__(
         self,
-        f: RightHandSide,
+        stepper: Stepper,
         clock: Clock,
         solver: Solver,
-        *,
-        batch_dims: int,
-        controlled: int | None,
+        solve: Callable[[Tensor], Integral],
         recorders: Recorders,
-        first: Derivative,
     ) -> None:
-        self.f = f
+        self.stepper = stepper
         self.clock = clock
         self.solver = solver
-        self.batch_dims = batch_dims
-        self.controlled = controlled
+        self.solve: Callable[[Tensor], Integral] | None = solve
         self.recorders = recorders
-        self.first: Derivative | None = first
 
     def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> Integral:
         """The solve, from x."""
@@ -59,25 +54,22 @@ class AdjointSolve:
 
     def forward(self, x: Tensor) -> Integral:
         """Values only."""
-        first, self.first = self.first, None
-        clock = Clock(self.clock.start, self.clock.end)
-        return integrate(
-            self.f,
-            x,
-            clock,
-            self.solver,
-            batch_dims=self.batch_dims,
-            controlled=self.controlled,
-            first=first,
-        )
+        if self.solve is None:
+            raise RuntimeError("this solve has been done")
+        solve, self.solve = self.solve, None
+        return solve(x)
+
+    def evaluate(self, stats: SolveStats) -> Callable[[Tensor, Tensor], Derivative]:
+        """The right-hand side, counted in other statistics."""
+        return self.stepper.counting(stats).evaluate
 
     def backward(
         self, start: Tensor, x: Tensor, a: Tensor, a_q: Tensor | None, wanted: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """a at the start time, and the parameters' gradients in one vector."""
-        n = self.batch_dims
-        stats = backward_stats(self.f.stats, self.recorders)
-        inner = self.f.counting(SolveStats("scratch", stats.method, stats.t0, stats.t1))
+        n = self.stepper.f.batch_dims
+        stats = backward_stats(self.stepper.f.stats, self.recorders)
+        inner = self.evaluate(SolveStats("scratch", stats.method, stats.t0, stats.t1))
 
         def augmented(t: Tensor, y: Tensor) -> Derivative:
             state, adjoint = y.select(n, 0), y.select(n, 1)
@@ -89,15 +81,14 @@ class AdjointSolve:
             flat = [g.reshape(-1) for g in dp]
             return torch.stack((dx.detach(), da), n), torch.cat(flat) if flat else None
 
+        solver = dataclasses.replace(self.solver, first_step=None)
+        y0 = torch.stack((x, a), n)
+        tolerance = tolerance_of(solver, y0, n, 0, quiet=True)
+        rhs = RightHandSide(augmented, n, stats, per_sample=False)
+        stepper = EagerStepper(rhs, solver.tableau.coefficients, tolerance)
+        clock = Clock(self.clock.end, self.clock.start)
         try:
-            y = integrate(
-                RightHandSide(augmented, n, stats, per_sample=False),
-                torch.stack((x, a), n),
-                Clock(self.clock.end, self.clock.start),
-                dataclasses.replace(self.solver, first_step=None),
-                batch_dims=n,
-                controlled=0,
-            )
+            y = integrate(stepper, y0, clock, solver, tolerance)
         except SolverError as error:
             raise error.explained(
                 "In the backward solve of the adjoint, which a field can make unstable where the "
@@ -108,16 +99,16 @@ class AdjointSolve:
 
     def _check_drift(self, start: Tensor, returned: Tensor) -> None:
         """Warn where the backward trajectory missed the state that forward started from."""
-        tolerance = Tolerance(self.solver.rtol, self.solver.atol, self.batch_dims, 0)
-        drift = tolerance.per_sample(returned - start, start)
-        worst = drift.max().item() if drift.numel() else 0.0
-        if self.solver.tableau.adaptive and worst > 1000:
-            warnings.warn(
+        n = self.stepper.f.batch_dims
+        tolerance = tolerance_of(self.solver, start, n, 0, quiet=True)
+        if tolerance is None or start.numel() == 0:
+            return
+        worst = tolerance.per_sample(returned - start, start).max().item()
+        if worst > 1000:
+            warn(
                 f"the adjoint's backward trajectory missed the start of the forward one by "
                 f"{worst:.3g} times the tolerance, so this gradient is not to be trusted; use "
-                "gradient='backprop' or 'checkpoint'",
-                RuntimeWarning,
-                stacklevel=2,
+                "gradient='backprop' or 'checkpoint'"
             )
 
 
@@ -138,7 +129,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("adjoint")
+        refuse_double_backward('gradient="adjoint"')
         task: AdjointSolve = ctx.task
         start, x, *parameters = ctx.saved_tensors
         _, _, need_t0, need_t1, *need = ctx.needs_input_grad
@@ -175,7 +166,7 @@ def _scale(gx: Tensor, gq: Tensor | None) -> Tensor:
 
 def _power(task: AdjointSolve, t: float, x: Tensor, a: Tensor, a_q: Tensor | None) -> Tensor:
     """a^T f + a_q^T g at one end of the span: the derivative of the loss in that time."""
-    dx, dq = task.f.counting(SolveStats("scratch", "", t, t))(Clock(t, t).times([t], x)[0], x)
+    dx, dq = task.evaluate(SolveStats("scratch", "", t, t))(Clock(t, t).times([t], x)[0], x)
     power = (a * dx).sum()
     if dq is not None and a_q is not None:
         power = power + (a_q * dq).sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
+from cnf.ode.control import Tolerance
 from cnf.ode.stats import SolveStats
 
 __all__ = ["Failure", "largest", "samples_of"]
@@ -22,6 +23,8 @@ _REMEDIES = {
     "tanh layers), regularise it, or shorten the time span",
     "step_underflow": "the field is stiff or discontinuous there; regularise it or use smooth "
     "activations, loosen rtol and atol, or use float64",
+    "tolerance_below_resolution": "the tolerance asks for errors smaller than the rounding of the "
+    "state; loosen rtol and atol, or use float64",
     "too_many_steps": "the field is stiff (in training, after too high a learning rate), random "
     "(dropout, noise drawn in it), or the tolerance tight; lower the learning rate, regularise the "
     "field, loosen rtol and atol, or raise {limit}",
@@ -31,13 +34,14 @@ _WHAT = {
     "non_finite_field": "the vector field returned NaN or Inf",
     "blow_up": "the state blew up",
     "step_underflow": "the step size fell below the resolution of time",
+    "tolerance_below_resolution": "no step can meet the tolerance in this dtype",
     "too_many_steps": "the limit of steps was reached",
 }
 
 
 def samples_of(bad: Tensor) -> list[int]:
-    """The first ten indices of the true entries of a mask, flattened."""
-    return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)[:10]]
+    """The indices of the true entries of a mask, flattened."""
+    return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)]
 
 
 def largest(x: Tensor) -> Tensor:
@@ -59,6 +63,7 @@ class Failure:
         stats: its statistics.
         start: largest |x| at the start, a tensor () so that only a failure waits for its value.
         batch_dims: leading dimensions that index samples.
+        tolerance: the error norm, None for fixed steps.
     """
 
     limit: str
@@ -66,6 +71,7 @@ class Failure:
     stats: SolveStats
     start: Tensor
     batch_dims: int
+    tolerance: Tolerance | None = None
 
     def error(
         self,
@@ -75,6 +81,7 @@ class Failure:
         x: Tensor,
         slopes: list[Tensor],
         errors: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> SolverError:
         """The error to raise.
 
@@ -85,20 +92,22 @@ class Failure:
             x: state reached.
             slopes: derivatives at the stages tried last, those of the quadratures included.
             errors: error estimate per sample of the step tried last.
+            numbers: the samples that x holds (N,), where it does not hold all.
         """
         status, bad = self._cause(status, x, slopes, errors)
         what = _WHAT[status]
         if status == "non_finite_field" and _finite(k for k in slopes if k.shape == x.shape):
             what = "the divergence of the vector field, or another quadrature, is NaN or Inf"
         samples = samples_of(bad)
+        if numbers is not None:
+            samples = numbers[samples].tolist()
         self.stats.status = status
         limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
-        total = int(bad.sum())
         return SolverError(
             f"{what} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
-            f"{self.stats.nfe} evaluations; {total} of {bad.numel()} samples at fault, "
-            f"first indices {samples}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
+            f"{self.stats.nfe} evaluations; {len(samples)} of {bad.numel()} samples at fault, "
+            f"first indices {samples[:10]}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
             status=status,
             t=t,
             dt=dt,
@@ -121,7 +130,17 @@ class Failure:
             return "non_finite_field", bad
         if errors is None:
             return status, torch.ones_like(bad)
-        return status, errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
+        worst = errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
+        if self.tolerance is not None and (worst & self._below_resolution(x, sizes)).any():
+            return "tolerance_below_resolution", worst
+        return status, worst
+
+    def _below_resolution(self, x: Tensor, sizes: Tensor) -> Tensor:
+        """Samples of which a few roundings are as large as the tolerance; sizes are max |x|."""
+        if self.tolerance is None:
+            return torch.zeros_like(sizes, dtype=torch.bool)
+        allowed = sizes * self.tolerance.rtol + self.tolerance.atol
+        return allowed < 16 * torch.finfo(x.dtype).eps * sizes
 
     def _per_sample(self, value: Tensor) -> Tensor:
         return value.unsqueeze(-1).flatten(self.batch_dims)  # (*batch, *event) -> (*batch, D)

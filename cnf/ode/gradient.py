@@ -17,6 +17,7 @@ __all__ = [
     "BackwardContext",
     "backward_stats",
     "first_derivative",
+    "first_order",
     "refuse_double_backward",
     "vjp",
 ]
@@ -65,12 +66,33 @@ def first_derivative(
     return dx.detach(), None if dq is None else dq.detach()
 
 
-def refuse_double_backward(gradient: str) -> None:
-    """Raise in a backward pass that is itself to be differentiated."""
+def refuse_double_backward(choice: str) -> None:
+    """Raise in a backward pass that is itself to be differentiated, naming the choice."""
     if torch.is_grad_enabled():  # autograd enables it in backward exactly for create_graph=True
         raise RuntimeError(
-            f"gradient={gradient!r} has no second derivatives; they need gradient='backprop'"
+            f"Solver({choice}) has no second derivatives; they need gradient='backprop' and "
+            "compile=False"
         )
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity, whose gradient has no gradient."""
+
+    @staticmethod
+    def forward(ctx: BackwardContext, choice: str, x: Tensor, q: Tensor | None) -> Any:
+        ctx.task = choice
+        return x.view_as(x), None if q is None else q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> Any:
+        refuse_double_backward(ctx.task)
+        return None, gx, gq
+
+
+def first_order(choice: str, x: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The end of a solve, as one that cannot be differentiated twice."""
+    end: tuple[Tensor, Tensor | None] = _FirstOrder.apply(choice, x, q)
+    return end
 
 
 def backward_stats(stats: SolveStats, recorders: Recorders) -> SolveStats:

@@ -9,10 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import NamedTuple
 
 from cnf.checks import check_choice
 
-__all__ = ["METHODS", "Tableau", "tableau"]
+__all__ = ["METHODS", "Coefficients", "Tableau", "tableau"]
+
+
+class Coefficients(NamedTuple):
+    """A tableau in double precision, as a step uses it.
+
+    Attributes:
+        a: the stages.
+        b: the weights.
+        c: the nodes.
+        e: the weights of the error estimate, b - b^ (empty if fixed).
+        first_same_as_last: whether the last stage is f at the new state.
+    """
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+    e: tuple[float, ...]
+    first_same_as_last: bool
 
 
 @dataclass(frozen=True)
@@ -48,26 +67,17 @@ class Tableau:
         return self.nodes[-1] == 1 and (*self.stages[-1], Fraction(0)) == self.weights
 
     @cached_property
-    def a(self) -> tuple[tuple[float, ...], ...]:
-        """The stages in double precision."""
-        return tuple(tuple(float(v) for v in row) for row in self.stages)
-
-    @cached_property
-    def b(self) -> tuple[float, ...]:
-        """The weights in double precision."""
-        return tuple(float(v) for v in self.weights)
-
-    @cached_property
-    def c(self) -> tuple[float, ...]:
-        """The nodes in double precision."""
-        return tuple(float(v) for v in self.nodes)
-
-    @cached_property
-    def e(self) -> tuple[float, ...]:
-        """The weights of the error estimate, b - b^, in double precision (empty if fixed)."""
-        if self.embedded is None:
-            return ()
-        return tuple(float(b - d) for b, d in zip(self.weights, self.embedded, strict=True))
+    def coefficients(self) -> Coefficients:
+        """The tableau in double precision."""
+        embedded = self.embedded or self.weights
+        error = tuple(float(b - d) for b, d in zip(self.weights, embedded, strict=True))
+        return Coefficients(
+            a=tuple(tuple(float(v) for v in row) for row in self.stages),
+            b=tuple(float(v) for v in self.weights),
+            c=tuple(float(v) for v in self.nodes),
+            e=error if self.adaptive else (),
+            first_same_as_last=self.first_same_as_last,
+        )
 
 
 def _parse(name: str, order: int, text: str) -> Tableau:

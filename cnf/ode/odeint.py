@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import SolverError
 from cnf.ode.adjoint import AdjointSolve
-from cnf.ode.failure import samples_of
-from cnf.ode.gradient import first_derivative
+from cnf.ode.compiled import CompiledStepper
+from cnf.ode.control import Tolerance
+from cnf.ode.diagnosis import check_modules, check_precision, refuse_randomness
+from cnf.ode.gradient import first_derivative, first_order
+from cnf.ode.independent import block_rows, integrate_independently
+from cnf.ode.inputs import check_state, clock_of
 from cnf.ode.recompute import Recomputing
-from cnf.ode.rhs import Derivative, RightHandSide
-from cnf.ode.solve import integrate
+from cnf.ode.rhs import Function, RightHandSide
+from cnf.ode.solve import Integral, integrate, tolerance_of
 from cnf.ode.solver import Solver
-from cnf.ode.stats import SolveStats, active_recorders
+from cnf.ode.stats import Recorders, SolveStats, active_recorders
 from cnf.ode.step import Clock
+from cnf.ode.stepper import EagerStepper, Stepper
 from cnf.ode.torchdiffeq import TorchDiffEq
 
-__all__ = ["Solution", "odeint"]
+__all__ = ["Solution", "as_solver", "odeint", "solve"]
+
+_RETRIES = 5  # solves of what is left after failures, before each sample is solved by itself
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,13 @@ class Solution:
 
 
 def odeint(
-    f: Callable[[Tensor, Tensor], Tensor | Derivative],
+    f: Function,
     x: Tensor,
     t0: float | Tensor,
     t1: float | Tensor,
     solver: Solver | TorchDiffEq | None = None,
     *,
+    args: Sequence[Tensor | None] = (),
     batch_dims: int = 1,
     controlled: int | None = None,
     parameters: Iterable[Tensor] | None = None,
@@ -55,12 +64,13 @@ def odeint(
         x(t1) = x(t0) + int f(t, x) dt,    q = int g(t, x) dt
 
     Args:
-        f: function or module (t, x) -> dx, or (dx, dq) with the integrands dq (*batch, n) of
-            quantities that do not feed back into the state.
+        f: function or module (t, x, *args) -> dx, or (dx, dq) with the integrands dq (*batch, n)
+            of quantities that do not feed back into the state.
         x: state at t0 (*batch, *event), float32 or float64.
         t0: start time, a number or a tensor ().
         t1: end time; may lie before t0.
         solver: the choices; None for `Solver()`.
+        args: tensors that belong to the samples (*batch, ...), or None; f gets them after x.
         batch_dims: leading dimensions of x that index samples.
         controlled: how many quadratures, from the first, are in the error norm; None for all.
         parameters: tensors that f depends on, which "checkpoint" and "adjoint" need to know;
@@ -69,7 +79,8 @@ def odeint(
     Raises:
         SolverError: if the solve cannot end; it tells the cause.
         TypeError: x is not a float32 or float64 tensor, or f returns something else.
-        ValueError: x or a time is not finite, or the span is below the resolution of the dtype.
+        ValueError: x or a time is not finite, the span is below the resolution of the dtype, or f
+            is not a function of (t, x) alone.
 
     Example:
         >>> solution = odeint(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0)
@@ -78,47 +89,173 @@ def odeint(
     """
     solver = as_solver(solver)
     check_state(x, batch_dims)
-    clock = _clock(t0, t1, x)
     if parameters is None:
         parameters = f.parameters() if isinstance(f, nn.Module) else ()
-    known = list({id(p): p for p in parameters if p.requires_grad}.values())
+    return solve(
+        f,
+        x,
+        clock_of(t0, t1, x),
+        solver,
+        args=args,
+        batch_dims=batch_dims,
+        controlled=controlled,
+        parameters=parameters,
+    )
+
+
+def solve(
+    f: Function,
+    x: Tensor,
+    clock: Clock,
+    solver: Solver | TorchDiffEq,
+    *,
+    args: Sequence[Tensor | None],
+    batch_dims: int,
+    controlled: int | None,
+    parameters: Iterable[Tensor],
+) -> Solution:
+    """`odeint` of a state and a clock that are known to be right."""
     stats = SolveStats("forward", solver.method, clock.start, clock.end)
     recorders = active_recorders()
     for recorder in recorders:
         recorder.append(stats)
-    rhs = RightHandSide(f, batch_dims, stats)
+    rhs = RightHandSide(f, batch_dims, stats, args=args)
     x = x.clone()  # a field that writes into its argument must not reach the caller's tensor
+    check_precision(solver, x)
+    known = list({id(p): p for p in parameters if p.requires_grad}.values())
     if isinstance(solver, TorchDiffEq):
+        known += [a for a in args if a is not None and a.requires_grad]
         end = solver.integrate(rhs, x, clock, batch_dims, controlled, known, recorders)
         return Solution(end.x, end.q, stats)
-    gradient = solver.gradient if torch.is_grad_enabled() else "backprop"
-    if clock.start == clock.end:
-        gradient = "backprop"  # a single step of size zero
-    first = None if gradient == "backprop" else first_derivative(rhs, clock, x, known)
-    if first is not None and gradient == "adjoint":
-        adjoint = AdjointSolve(
-            rhs,
-            clock,
-            solver,
-            batch_dims=batch_dims,
-            controlled=controlled,
-            recorders=recorders,
-            first=first,
+    if solver.check_field:
+        check_modules(f)
+        rhs.watch = refuse_randomness
+    if batch_dims != 1 and (solver.batch, solver.on_failure) != ("shared", "raise"):
+        raise ValueError(
+            f"batch={solver.batch!r} with on_failure={solver.on_failure!r} needs x of shape "
+            f"(batch, *event), batch_dims=1; got batch_dims={batch_dims}; flatten the batch"
         )
-        end = adjoint(x, known)
-    else:
-        stepper = None if first is None else Recomputing(rhs, solver, known, recorders)
-        end = integrate(
-            rhs,
-            x,
-            clock,
-            solver,
-            batch_dims=batch_dims,
-            controlled=controlled,
-            stepper=stepper,
-            first=first,
-        )
+    problem = _Problem(rhs, clock, solver, controlled, known, recorders)
+    end = problem.survivors(x) if solver.on_failure == "nan" else problem.run(x)
     return Solution(end.x, end.q, stats)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be solved, for any of its samples.
+
+    Attributes:
+        f: right-hand side.
+        clock: the span.
+        solver: the choices.
+        controlled: number of quadratures in the error norm, None for all.
+        parameters: tensors that require grad, other than the arguments that belong to samples.
+        recorders: whom a backward solve tells its statistics.
+    """
+
+    f: RightHandSide
+    clock: Clock
+    solver: Solver
+    controlled: int | None
+    parameters: list[Tensor]
+    recorders: Recorders
+
+    def rows(self, index: Tensor) -> _Problem:
+        """The same for some of the samples."""
+        return dataclasses.replace(self, f=self.f.rows(index))
+
+    def choosing(self, **choices: Any) -> _Problem:
+        """The same with other choices of the solver."""
+        return dataclasses.replace(self, solver=dataclasses.replace(self.solver, **choices))
+
+    def run(self, x: Tensor) -> Integral:
+        """The solve from x."""
+        if self.solver.batch == "shared" or len(x) == 0:
+            return self._differentiated(x)
+        rows = block_rows(len(x), x.device)
+        end = self.rows(rows)._differentiated(x[rows], samples=len(x))
+        return _first(end, len(x))
+
+    def survivors(self, x: Tensor) -> Integral:
+        """The solve from x, NaN for the samples that fail, the others as if without them."""
+        alive = torch.arange(len(x), device=x.device)
+        problem = self.choosing(on_failure="raise")
+        for _ in range(_RETRIES if self.solver.batch == "shared" else 0):
+            try:
+                return self._spread(problem.rows(alive).run(x[alive]), alive, len(x))
+            except SolverError as error:
+                alive = _without(alive, error.samples)
+        with torch.no_grad():  # which samples fail by themselves?
+            end = self.rows(alive).choosing(batch="independent").run(x[alive])
+        good = ~end.x.isnan().flatten(1).any(-1)
+        alive = alive[good]
+        if torch.is_grad_enabled():
+            end = problem.rows(alive).choosing(batch="independent").run(x[alive])
+        else:
+            end = Integral(end.x[good], None if end.q is None else end.q[good])
+        return self._spread(end, alive, len(x))
+
+    def _spread(self, end: Integral, alive: Tensor, n: int) -> Integral:
+        """The ends of the samples alive among n, NaN for the others."""
+        failed = n - len(alive)
+        if failed == 0:
+            return end
+        self.f.stats.status, self.f.stats.failed = "partly_failed", failed
+
+        def among(value: Tensor) -> Tensor:
+            return value.new_full((n, *value.shape[1:]), torch.nan).index_copy(0, alive, value)
+
+        return Integral(among(end.x), None if end.q is None else among(end.q))
+
+    def _differentiated(self, x: Tensor, samples: int | None = None) -> Integral:
+        """The solve of all rows, with the gradient that the solver names."""
+        gradient = self.solver.gradient if torch.is_grad_enabled() else "backprop"
+        if self.clock.start == self.clock.end:
+            gradient = "backprop"  # a single step of size zero
+        stepper, tolerance = self._stepper(x)
+        known = [*self.parameters, *(a for a in self.f.args if a is not None and a.requires_grad)]
+        first = None if gradient == "backprop" else first_derivative(self.f, self.clock, x, known)
+        clock = self.clock if gradient == "backprop" else self.clock.values
+        if gradient == "checkpoint":
+            stepper, clock = Recomputing(stepper, self.parameters, self.recorders), self.clock
+
+        def run(x: Tensor) -> Integral:
+            if tolerance is None or samples is None:
+                return integrate(stepper, x, clock, self.solver, tolerance, first)
+            return integrate_independently(
+                stepper, x, clock, self.solver, tolerance, samples, first
+            )
+
+        if gradient == "adjoint":
+            return AdjointSolve(stepper, self.clock, self.solver, run, self.recorders)(x, known)
+        end = run(x)
+        if gradient == "backprop" and self.solver.compile and end.x.requires_grad:
+            return Integral(*first_order("compile=True", end.x, end.q))
+        return end
+
+    def _stepper(self, x: Tensor) -> tuple[Stepper, Tolerance | None]:
+        """How steps are computed, and the error norm; a span of zero is one fixed step."""
+        solver, method = self.solver, self.solver.tableau.coefficients
+        tolerance = tolerance_of(solver, x, self.f.batch_dims, self.controlled)
+        if self.clock.start == self.clock.end:
+            tolerance = None
+        if not solver.compile:
+            return EagerStepper(self.f, method, tolerance), tolerance
+        tensors = [x, *self.parameters, *self.f.args, self.clock.t0, self.clock.t1]
+        trainable = any(v is not None and v.requires_grad for v in tensors)
+        stepper = CompiledStepper(self.f, method, solver.method, tolerance, x, trainable=trainable)
+        return stepper, tolerance
+
+
+def _first(end: Integral, n: int) -> Integral:
+    return Integral(end.x[:n], None if end.q is None else end.q[:n])
+
+
+def _without(alive: Tensor, failed: Sequence[int]) -> Tensor:
+    """The samples alive, without those of some positions."""
+    keep = torch.ones_like(alive, dtype=torch.bool)
+    keep[list(failed)] = False
+    return alive[keep]
 
 
 def as_solver(solver: Solver | TorchDiffEq | None) -> Solver | TorchDiffEq:
@@ -135,62 +272,3 @@ def as_solver(solver: Solver | TorchDiffEq | None) -> Solver | TorchDiffEq:
             f"solver must be a cnf.Solver or cnf.TorchDiffEq, got {type(solver).__name__}{hint}"
         )
     return solver
-
-
-def check_state(x: Tensor, batch_dims: int = 1) -> None:
-    """Refuse a state that is not a finite float32 or float64 tensor."""
-    check_floating(x)
-    if x.ndim < batch_dims:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected {batch_dims} batch dimensions")
-    check_finite(x, batch_dims)
-
-
-def check_floating(x: Tensor, name: str = "x") -> None:
-    """Refuse what is not a float32 or float64 tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; use torch.as_tensor")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; "
-            f"use {name}.float()"
-        )
-
-
-def check_finite(x: Tensor, batch_dims: int, name: str = "x") -> None:
-    """Refuse a tensor with NaN or infinite values, naming the first sample that has one."""
-    rows = ~x.detach().isfinite().unsqueeze(-1).flatten(batch_dims).all(-1)
-    if rows.any():
-        raise ValueError(
-            f"non-finite values in {name}: {int(rows.sum())} of {rows.numel()} rows "
-            f"(first index {samples_of(rows)[0]}); remove or repair them"
-        )
-
-
-def _clock(t0: float | Tensor, t1: float | Tensor, x: Tensor) -> Clock:
-    times = []
-    for name, t in (("t0", t0), ("t1", t1)):
-        if isinstance(t, Tensor) and t.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor (), got shape {tuple(t.shape)}")
-        if not isinstance(t, (Real, Tensor)):
-            raise TypeError(f"{name} must be a number or a tensor (), got {type(t).__name__}")
-        times.append(float(t.detach() if isinstance(t, Tensor) else t))
-        if not math.isfinite(times[-1]):
-            raise ValueError(f"{name} is {times[-1]}; times must be finite")
-    start, end = times
-    resolution = torch.finfo(x.dtype).eps * max(abs(start), abs(end))
-    if start != end and abs(end - start) < 100 * resolution:
-        raise ValueError(
-            f"the span from t0={start!r} to t1={end!r} is below the resolution of time in "
-            f"{x.dtype}; shift the times towards zero or use float64"
-        )
-    if not (
-        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (t0, t1))
-    ):
-        return Clock(start, end)
-    exact = [_as_tensor(t, x) for t in (t0, t1)]
-    return Clock(start, end, *exact)
-
-
-def _as_tensor(t: float | Tensor, x: Tensor) -> Tensor:
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return torch.as_tensor(t, dtype=dtype, device=x.device).reshape(())

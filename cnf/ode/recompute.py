@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
-from cnf.ode.rhs import Derivative, RightHandSide
-from cnf.ode.solver import Solver
+from cnf.ode.rhs import Derivative
 from cnf.ode.stats import Recorders, SolveStats
-from cnf.ode.step import Clock, Step, runge_kutta_step
+from cnf.ode.step import Clock, Time
+from cnf.ode.stepper import Step, Stepper
 
 __all__ = ["Recomputing"]
 
@@ -20,61 +20,87 @@ class Recomputing:
     """A stepper that keeps only the state: backward computes each accepted step once more.
 
     Its gradient is that of backpropagation, bit for bit the same steps.
+
+    Args:
+        stepper: computes a step, now and again in backward.
+        parameters: tensors that require grad, other than the arguments of the right-hand side.
+        recorders: whom the backward pass tells its statistics.
     """
 
     def __init__(
-        self, f: RightHandSide, solver: Solver, parameters: Sequence[Tensor], recorders: Recorders
+        self, stepper: Stepper, parameters: Sequence[Tensor], recorders: Recorders
     ) -> None:
-        self.f = f
-        self.solver = solver
+        self.stepper = stepper
+        self.f = stepper.f
+        self.method = stepper.method
         self.parameters = parameters
         self.recorders = recorders
-        self.own_stats: SolveStats | None = None
+        self.own_stats: list[SolveStats] = []
+
+    def evaluate(self, t: Tensor, x: Tensor) -> Derivative:
+        """f(t, x), without gradient."""
+        with torch.no_grad():
+            return self.stepper.evaluate(t, x)
 
     def __call__(
-        self, clock: Clock, t: float, t_next: float, x: Tensor, first: Derivative | None
+        self,
+        clock: Clock,
+        t: Time,
+        t_next: Time,
+        x: Tensor,
+        q: Tensor | None,
+        first: Derivative | None,
     ) -> Step:
-        """The step, whose x and dq carry a gradient while its stages do not."""
-        task = _StepTask(self, clock.start, clock.end, t, t_next)
-        task.first = first
-        x, dq = _RecomputedStep.apply(task, x, clock.t0, clock.t1, *self.parameters)
+        """The step, whose x and dq carry a gradient while its last derivative does not."""
+        task = _StepTask(self, clock.values, t, t_next)
+        task.first, task.q = first, q
+        own = (a for a in self.f.args if a is not None and a.requires_grad)
+        x, dq = _RecomputedStep.apply(task, x, clock.t0, clock.t1, *self.parameters, *own)
         return task.release()._replace(x=x, dq=dq)
 
-    def count(self) -> SolveStats:
+    def rows(self, index: Tensor) -> Recomputing:
+        """The same stepper for some of the samples."""
+        other = Recomputing(self.stepper.rows(index), self.parameters, self.recorders)
+        other.own_stats = self.own_stats
+        return other
+
+    def counting(self, stats: SolveStats) -> Stepper:
+        """The stepper within, its evaluations counted elsewhere."""
+        return self.stepper.counting(stats)
+
+    def backward_stats(self) -> SolveStats:
         """The record of the backward pass, made when the first step of it runs."""
-        if self.own_stats is None:
-            self.own_stats = backward_stats(self.f.stats, self.recorders)
-            self.own_stats.status = "converged"
-        return self.own_stats
+        if not self.own_stats:
+            self.own_stats.append(backward_stats(self.f.stats, self.recorders))
+            self.own_stats[0].status = "converged"
+        return self.own_stats[0]
 
 
 class _StepTask:
     """One step to take now and again in backward."""
 
-    def __init__(
-        self, stepper: Recomputing, start: float, end: float, t: float, t_next: float
-    ) -> None:
+    def __init__(self, stepper: Recomputing, clock: Clock, t: Time, t_next: Time) -> None:
         self.stepper = stepper
-        self.start, self.end = start, end
+        self.start, self.end = clock.start, clock.end
         self.t, self.t_next = t, t_next
         self.first: Derivative | None = None
+        self.q: Tensor | None = None
         self.done: list[Step] = []
 
     def release(self) -> Step:
         """The step just taken; nothing of it stays for backward."""
-        self.first = None
+        self.first = self.q = None
         return self.done.pop()
 
     def run(
         self,
-        f: RightHandSide,
+        stepper: Stepper,
         x: Tensor,
         times: tuple[Tensor | None, Tensor | None],
         first: Derivative | None,
     ) -> Step:
         clock = Clock(self.start, self.end, *times)
-        method = self.stepper.solver.tableau
-        return runge_kutta_step(f, method, clock, self.t, self.t_next, x, first)
+        return stepper(clock, self.t, self.t_next, x, self.q, first)
 
 
 class _RecomputedStep(torch.autograd.Function):
@@ -89,24 +115,24 @@ class _RecomputedStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.task = task
         ctx.save_for_backward(x, t0, t1, *parameters)
-        step = task.run(task.stepper.f, x, (t0, t1), task.first)
+        step = task.run(task.stepper.stepper, x, (t0, t1), task.first)
         task.done.append(step)
         return step.x, step.dq
 
     @staticmethod
     def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("checkpoint")
+        refuse_double_backward('gradient="checkpoint"')
         task: _StepTask = ctx.task
         x, t0, t1, *parameters = ctx.saved_tensors
-        stats = task.stepper.count()
+        stats = task.stepper.backward_stats()
         stats.accepted += 1
-        f = task.stepper.f.counting(stats)
+        stepper = task.stepper.counting(stats)
         with torch.enable_grad():
             x, t0, t1 = (
                 v if v is None else v.detach().requires_grad_(v is x or need)
                 for v, need in zip((x, t0, t1), ctx.needs_input_grad[1:4], strict=True)
             )
-            step = task.run(f, x, (t0, t1), None)
+            step = task.run(stepper, x, (t0, t1), None)
             inputs = [x, t0, t1, *parameters]
             needed = [v for v, need in zip(inputs, ctx.needs_input_grad[1:], strict=True) if need]
             grads = iter(vjp([step.x, step.dq], needed, [gx, gq]))

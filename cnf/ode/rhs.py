@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,17 +12,24 @@ from torch import Tensor
 
 from cnf.ode.stats import SolveStats
 
-__all__ = ["Derivative", "RightHandSide"]
+__all__ = ["Derivative", "Function", "RightHandSide", "Watch", "evaluate"]
+
+Watch = Callable[[Tensor], AbstractContextManager[Any]]
+"""What stands around the first evaluation of a solve."""
 
 Derivative = tuple[Tensor, "Tensor | None"]
 """dx/dt and the integrands of the quadratures, if any."""
+
+Function = Callable[..., "Tensor | Derivative"]
+"""f(t, x, *args) -> dx, or (dx, dq) with dq None or (*batch, n)."""
 
 
 class RightHandSide:
     """f(t, x) -> (dx, dq) with every evaluation counted and every result checked.
 
     Args:
-        f: the caller's function; it returns dx, or (dx, dq) with dq None or (*batch, n).
+        f: the caller's function f(t, x, *args).
+        args: tensors that belong to the samples, (*batch, ...), or None.
         batch_dims: leading dimensions of x that index samples.
         stats: where evaluations are counted.
         per_sample: whether dq must have the shape (*batch, n) (the adjoint's own has not).
@@ -30,65 +37,122 @@ class RightHandSide:
 
     def __init__(
         self,
-        f: Callable[[Tensor, Tensor], Tensor | Derivative],
+        f: Function,
         batch_dims: int,
         stats: SolveStats,
         *,
+        args: Sequence[Tensor | None] = (),
         per_sample: bool = True,
     ) -> None:
         self.f = f
+        self.args = tuple(args)
         self.batch_dims = batch_dims
         self.stats = stats
         self.per_sample = per_sample
         self.precision: Callable[[], AbstractContextManager[Any]] | None = None
+        self.watch: Watch | None = None
 
     def counting(self, stats: SolveStats) -> RightHandSide:
         """The same right-hand side, counted elsewhere, at the same precision."""
-        other = RightHandSide(self.f, self.batch_dims, stats, per_sample=self.per_sample)
+        other = RightHandSide(
+            self.f, self.batch_dims, stats, args=self.args, per_sample=self.per_sample
+        )
         other.precision = self.precision
         return other
 
-    def __call__(self, t: Tensor, x: Tensor) -> Derivative:
-        """(dx, dq) at t and x, checked."""
-        self.stats.nfe += 1
-        version = None if x.is_inference() else x._version
+    def rows(self, index: Tensor) -> RightHandSide:
+        """The same for the samples of an index (N,)."""
+        other = self.counting(self.stats)
+        other.watch = self.watch
+        other.args = tuple(a if a is None else a[index] for a in self.args)
+        return other
+
+    def in_precision(self, x: Tensor) -> AbstractContextManager[Any]:
+        """The autocast mode of the first evaluation: a backward pass runs outside it."""
         if self.precision is None:
             self.precision = _precision(x)
-        with self.precision():
-            result = self.f(t, x)
+        return self.precision()
+
+    def watched(self, x: Tensor) -> AbstractContextManager[Any]:
+        """The watch over the first evaluation; nothing for later ones."""
+        watch, self.watch = self.watch, None
+        return nullcontext() if watch is None else watch(x)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Derivative:
+        """(dx, dq) at t and x, checked; t () or one a sample (B,)."""
+        if self.watch is not None:
+            with self.watched(x):
+                return self(t, x)
+        self.stats.nfe += 1
+        version = None if x.is_inference() else x._version
+        with self.in_precision(x):
+            result = evaluate(self.f, t, x, self.args, self.batch_dims, self.per_sample)
         if version is not None and x._version != version:
             raise RuntimeError(
                 "the vector field modified its argument x in-place, which corrupts the solve; "
                 "write x = x.clone() first, or use the out-of-place operation"
             )
-        dx, dq = result if isinstance(result, tuple) else (result, None)
-        low = self.precision is not nullcontext
-        dx = _like(dx, x, "dx", low)
-        if dx.shape != x.shape:
+        return result
+
+
+def evaluate(
+    f: Function,
+    t: Tensor,
+    x: Tensor,
+    args: Sequence[Tensor | None],
+    batch_dims: int,
+    per_sample: bool = True,
+) -> Derivative:
+    """f(t, x, *args) as (dx, dq), refused unless shapes, dtypes and devices are right."""
+    result = _with_own_times(f, t, x, args) if t.ndim else f(t, x, *args)
+    dx, dq = result if isinstance(result, tuple) else (result, None)
+    dx = _like(dx, x, "dx")
+    if dx.shape != x.shape:
+        raise ValueError(
+            f"the vector field must return dx of the shape of x, {tuple(x.shape)}, "
+            f"got {tuple(dx.shape)}"
+        )
+    if dq is not None:
+        dq = _like(dq, x, "dq")
+        batch = x.shape[:batch_dims]
+        if per_sample and (dq.ndim != len(batch) + 1 or dq.shape[:-1] != batch):
             raise ValueError(
-                f"the vector field must return dx of the shape of x, {tuple(x.shape)}, "
-                f"got {tuple(dx.shape)}"
+                f"quadratures dq must have the shape (*batch, n) = {(*batch, 'n')}, "
+                f"got {tuple(dq.shape)}"
             )
-        if dq is not None:
-            dq = _like(dq, x, "dq", low)
-            batch = x.shape[: self.batch_dims]
-            if self.per_sample and (dq.ndim != len(batch) + 1 or dq.shape[:-1] != batch):
-                raise ValueError(
-                    f"quadratures dq must have the shape (*batch, n) = {(*batch, 'n')}, "
-                    f"got {tuple(dq.shape)}"
-                )
-        return dx, dq
+    return dx, dq
+
+
+def _with_own_times(
+    f: Function, t: Tensor, x: Tensor, args: Sequence[Tensor | None]
+) -> Tensor | Derivative:
+    """f at one time a sample, t (B,): each sample as a batch of one, vectorised over samples."""
+    own = getattr(f, "with_own_times", None)
+    if own is not None:
+        result: Tensor | Derivative = own(t, x, *args)
+        return result
+
+    def single(t: Tensor, x: Tensor, *args: Tensor | None) -> Tensor | Derivative:
+        result = f(t, x[None], *(a if a is None else a[None] for a in args))
+        if isinstance(result, tuple):
+            dx, dq = result
+            return dx[0] if dq is None else (dx[0], dq[0])
+        return result[0]
+
+    dims = (0, 0, *(None if a is None else 0 for a in args))
+    mapped: Tensor | Derivative = torch.func.vmap(single, dims)(t, x, *args)
+    return mapped
 
 
 def _precision(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast mode of now, for evaluations in a backward pass that runs outside it."""
+    """The autocast mode of now."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return nullcontext
     return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
 
 
-def _like(value: object, x: Tensor, name: str, low: bool) -> Tensor:
+def _like(value: object, x: Tensor, name: str) -> Tensor:
     """The derivative, refused unless it is a tensor of the dtype and device of x."""
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -98,7 +162,7 @@ def _like(value: object, x: Tensor, name: str, low: bool) -> Tensor:
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device} but x is on {x.device}; move one of them")
     if value.dtype != x.dtype:
-        if not low:
+        if not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"the vector field returned {name} of {value.dtype} for x of {x.dtype}; "
                 f"convert one of them, for example field.to({x.dtype})"

@@ -6,13 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cnf.checks import check_choice, check_count, check_number
+from cnf.checks import check_bool, check_choice, check_count, check_number
 from cnf.ode.methods import Tableau, tableau
 
-__all__ = ["ErrorControl", "Gradient", "Solver", "check_tolerances"]
-
-Gradient = Literal["backprop", "checkpoint", "adjoint"]
-ErrorControl = Literal["log_det", "state"]
+__all__ = ["Solver", "check_tolerances"]
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
@@ -47,6 +44,15 @@ class Solver:
         error_control: "log_det" holds the state and the log-determinant to the tolerances;
             "state" only the state: fewer evaluations, a log-determinant without a promise.
         first_step: size of the first step in units of time; None chooses it (adaptive methods).
+        batch: "shared" steps for the whole batch, as small as its hardest sample needs; or
+            "independent" steps for each sample: its result depends on no other sample.
+        on_failure: "raise" a `SolverError`; or "nan" for the samples that fail, and for the others
+            what they get without those.
+        compile: compile each step with `torch.compile`, forward and backward: slow the first time
+            (up to a minute), faster ever after; no second derivatives. What cannot be compiled
+            runs eagerly, after a warning.
+        check_field: refuse a field that is not a function of (t, x): dropout or batch norm in
+            training, random numbers drawn in it.
 
     Raises:
         ValueError: a choice that is not known, or a number out of its range.
@@ -63,9 +69,13 @@ class Solver:
     atol: float = 1e-5
     steps: int = 20
     max_steps: int = 1000
-    gradient: Gradient = "backprop"
-    error_control: ErrorControl = "log_det"
+    gradient: Literal["backprop", "checkpoint", "adjoint"] = "backprop"
+    error_control: Literal["log_det", "state"] = "log_det"
     first_step: float | None = None
+    batch: Literal["shared", "independent"] = "shared"
+    on_failure: Literal["raise", "nan"] = "raise"
+    compile: bool = False
+    check_field: bool = True
 
     def __post_init__(self) -> None:
         tableau(self.method)
@@ -74,6 +84,10 @@ class Solver:
         check_count("max_steps", self.max_steps)
         check_choice("gradient", self.gradient, ("backprop", "checkpoint", "adjoint"))
         check_choice("error_control", self.error_control, ("log_det", "state"))
+        check_choice("batch", self.batch, ("shared", "independent"))
+        check_choice("on_failure", self.on_failure, ("raise", "nan"))
+        check_bool("compile", self.compile)
+        check_bool("check_field", self.check_field)
         if self.first_step is not None:
             check_number("first_step", self.first_step)
             if not 0 < self.first_step < math.inf:
@@ -83,3 +97,8 @@ class Solver:
     def tableau(self) -> Tableau:
         """The Butcher tableau of the method."""
         return tableau(self.method)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its steps by the tolerances."""
+        return self.tableau.adaptive

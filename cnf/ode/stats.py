@@ -23,6 +23,8 @@ class SolveStats:
         accepted: steps taken (0 where a backend does not tell).
         rejected: steps tried and refused.
         status: "running", "converged", or the status of the `SolverError`.
+        failed: samples that failed and became NaN (`Solver(on_failure="nan")`).
+        next_step: size that a next step would have (adaptive methods).
     """
 
     kind: str
@@ -33,6 +35,8 @@ class SolveStats:
     accepted: int = 0
     rejected: int = 0
     status: str = "running"
+    failed: int = 0
+    next_step: float = 0.0
 
 
 Recorders = tuple[list[SolveStats], ...]

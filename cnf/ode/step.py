@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.ode.methods import Tableau
+from cnf.ode.methods import Coefficients
 from cnf.ode.rhs import Derivative
 
-__all__ = ["Clock", "Step", "runge_kutta_step"]
+__all__ = ["Clock", "Stages", "Time", "combine", "runge_kutta_step", "time_dtype"]
+
+Time = float | Tensor
+"""A time on the host, or a tensor in float64: () in a compiled step, (B,) with one per sample."""
 
 
 @dataclass(frozen=True)
@@ -34,73 +37,98 @@ class Clock:
     t0: Tensor | None = None
     t1: Tensor | None = None
 
-    def times(self, ts: Sequence[float], like: Tensor) -> Sequence[Tensor]:
-        """The times as tensors () of the dtype and device of `like`."""
-        if self.t0 is None or self.t1 is None:
-            return torch.tensor(ts, dtype=like.dtype, device=like.device).unbind()
+    @property
+    def values(self) -> Clock:
+        """The same times, without gradient."""
+        return self if self.t0 is None else Clock(self.start, self.end)
+
+    def times(self, ts: Sequence[Time], like: Tensor) -> Sequence[Tensor]:
+        """The times as tensors, () or (B,), of the dtype and device of `like`."""
+        if self.t0 is not None and self.t1 is not None:
+            return [torch.lerp(self.t0, self.t1, self._fraction(t)).to(like) for t in ts]
+        if like.is_cuda or any(isinstance(t, Tensor) for t in ts):
+            return [_tensor(t, like) for t in ts]
+        return torch.tensor(ts, dtype=like.dtype, device=like.device).unbind()
+
+    def at(self, t: float, like: Tensor) -> Tensor:
+        """One time as a tensor () in the precision of times, on the device of `like`."""
+        dtype = time_dtype(like)
+        if self.t0 is not None and self.t1 is not None:
+            return torch.lerp(self.t0, self.t1, self._fraction(t)).to(dtype)
+        return torch.full((), t, dtype=dtype, device=like.device)
+
+    def step_size(self, h: Time, like: Tensor) -> float | Tensor:
+        """The step size: a number, or a tensor if it carries a gradient or is one per sample."""
+        if self.t0 is not None and self.t1 is not None:
+            span = self.end - self.start
+            return ((self.t1 - self.t0) * (h / span if span else 1.0)).to(like)
+        return h.to(like) if isinstance(h, Tensor) else h
+
+    def _fraction(self, t: Time) -> Time:
         span = self.end - self.start
-        return [
-            torch.lerp(self.t0, self.t1, (t - self.start) / span if span else 0.0).to(like)
-            for t in ts
-        ]
-
-    def step_size(self, h: float, like: Tensor) -> float | Tensor:
-        """The step size: a number, or a tensor () if it carries a gradient."""
-        if self.t0 is None or self.t1 is None:
-            return h
-        span = self.end - self.start
-        return ((self.t1 - self.t0) * (h / span if span else 1.0)).to(like)
+        return (t - self.start) / span if span else 0.0
 
 
-class Step(NamedTuple):
-    """The result of one step.
+def _tensor(t: Time, like: Tensor) -> Tensor:
+    if isinstance(t, Tensor):
+        return t.to(like)
+    # A kernel that takes the number along: no copy for the host to wait for.
+    return torch.full((), t, dtype=like.dtype, device=like.device)
+
+
+def time_dtype(like: Tensor) -> torch.dtype:
+    """The dtype in which tensors hold times: float64 where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+class Stages(NamedTuple):
+    """What the stages of one step give.
 
     Attributes:
         x: the new state.
-        dq: the increments of the quadratures, or None.
         slopes: k_i, the derivatives of the state at every stage.
-        rates: the derivatives of the quadratures at every stage.
-        last: the derivative at the new state where the method has it (first same as last).
+        rates: the derivatives of the quadratures at every stage, empty if there are none.
+        h: the step size.
     """
 
     x: Tensor
-    dq: Tensor | None
     slopes: list[Tensor]
     rates: list[Tensor]
-    last: Derivative | None
+    h: float | Tensor
 
 
-def combine(weights: Sequence[float], ks: Sequence[Tensor], h: float | Tensor) -> Tensor | None:
-    """h sum_i w_i k_i, or None where every weight is zero."""
-    total: Tensor | None = None
-    for w, k in zip(weights, ks, strict=False):
-        if w == 0.0:
-            continue
-        if isinstance(h, Tensor):
-            term = (h * w) * k
-            total = term if total is None else total + term
-        else:
-            total = k * (h * w) if total is None else torch.add(total, k, alpha=h * w)
-    return total
+def combine(
+    weights: Sequence[float], ks: Sequence[Tensor], h: float | Tensor, x: Tensor | None = None
+) -> Tensor | None:
+    """x + h sum_i w_i k_i; without x the sum alone, or None where every weight is zero.
 
-
-def advance(x: Tensor, weights: Sequence[float], ks: Sequence[Tensor], h: float | Tensor) -> Tensor:
-    """x + h sum_i w_i k_i."""
+    A chain of additions with a factor: fewer kernels than stacking the slopes, and faster for small
+    and large states alike; `torch.compile` makes one kernel of it.
+    """
+    if isinstance(h, Tensor):
+        total: Tensor | None = None
+        for w, k in zip(weights, ks, strict=False):
+            if w != 0.0:
+                total = w * k if total is None else total + w * k
+        if total is None:
+            return x
+        total = h.reshape(-1, *[1] * (total.ndim - 1)) * total if h.ndim else h * total
+        return total if x is None else x + total
     for w, k in zip(weights, ks, strict=False):
         if w != 0.0:
-            x = x + (h * w) * k if isinstance(h, Tensor) else torch.add(x, k, alpha=h * w)
+            x = k * (h * w) if x is None else torch.add(x, k, alpha=h * w)
     return x
 
 
 def runge_kutta_step(
     f: Callable[[Tensor, Tensor], Derivative],
-    method: Tableau,
+    method: Coefficients,
     clock: Clock,
-    t: float,
-    t_next: float,
+    t: Time,
+    t_next: Time,
     x: Tensor,
     first: Derivative | None,
-) -> Step:
+) -> Stages:
     """One step from t to t_next: k_i = f(t + c_i h, x + h sum_j a_ij k_j).
 
     Args:
@@ -119,14 +147,16 @@ def runge_kutta_step(
     slopes, rates = [dx], [] if dq is None else [dq]
     state = x
     for time, row in zip(times[1:], method.a[1:], strict=True):
-        state = advance(x, row, slopes, h)
+        state = _moved(row, slopes, h, x)
         dx, dq = f(time, state)
         slopes.append(dx)
         if dq is not None:
             rates.append(dq)
-    last: Derivative | None = None
-    if method.first_same_as_last:
-        last = (dx, dq)  # the last stage was taken at the new state
-    else:
-        state = advance(x, method.b, slopes, h)
-    return Step(state, combine(method.b, rates, h), slopes, rates, last)
+    if not method.first_same_as_last:  # else the last stage was taken at the new state
+        state = _moved(method.b, slopes, h, x)
+    return Stages(state, slopes, rates, h)
+
+
+def _moved(weights: Sequence[float], ks: Sequence[Tensor], h: float | Tensor, x: Tensor) -> Tensor:
+    moved = combine(weights, ks, h, x)
+    return x if moved is None else moved

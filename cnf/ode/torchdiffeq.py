@@ -23,6 +23,7 @@ from cnf.ode.solve import Integral, integrate
 from cnf.ode.solver import Solver, check_tolerances
 from cnf.ode.stats import Recorders, SolveStats
 from cnf.ode.step import Clock
+from cnf.ode.stepper import EagerStepper
 
 __all__ = ["TorchDiffEq"]
 
@@ -71,6 +72,11 @@ class TorchDiffEq:
         check_count("max_nfe", self.max_nfe)
         check_choice("gradient", self.gradient, ("backprop", "adjoint"))
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its steps by the tolerances."""
+        return self.method in _ADAPTIVE
+
     def integrate(
         self,
         f: RightHandSide,
@@ -86,7 +92,9 @@ class TorchDiffEq:
 
         guard = _Guard(f, self, x, batch_dims, recorders)
         if clock.start == clock.end:
-            end = integrate(f, x, clock, Solver("euler"), batch_dims=batch_dims, controlled=0)
+            euler = Solver("euler", steps=1)
+            stepper = EagerStepper(f, euler.tableau.coefficients, None)
+            end = integrate(stepper, x, clock, euler, None)
             guard.finish()
             return end
         adjoint = self.gradient == "adjoint" and torch.is_grad_enabled()

@@ -11,11 +11,12 @@ from cnf.checks import check_number
 from cnf.divergence import Divergence, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
-from cnf.ode import Solver, TorchDiffEq, odeint
-from cnf.ode.odeint import as_solver, check_finite, check_floating
-from cnf.ode.rhs import Derivative
+from cnf.ode import Solver, TorchDiffEq
+from cnf.ode.inputs import check_finite, check_floating, clock_of
+from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform
 from cnf.transforms.context import check_context, expand_context
+from cnf.transforms.dynamics import Dynamics, normal
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,7 +131,7 @@ class CNF(Transform):
             # A divergence needs autograd, which inference mode forbids.
             with torch.inference_mode(False), torch.no_grad():
                 return self._solve(x, context, times, choices, log_det=log_det)
-        x, context = _normal(x), None if context is None else _normal(context)
+        x, context = normal(x), None if context is None else normal(context)
         self._check_state(x)
         n = x.ndim - self.event_dims
         batch, event = x.shape[:n], x.shape[n:]
@@ -154,19 +155,17 @@ class CNF(Transform):
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
         noise = divergence.sample_noise(x, choices.get("generator")) if log_det else None
-        field = _BoundField(self.field)
-
-        def derivative(t: Tensor, x: Tensor) -> Derivative:
-            if not log_det:
-                return field(t, x, context), None
-            dx, div = divergence(field, t, x, context, noise)
-            return dx, div.unsqueeze(-1)
-
-        parameters = [] if context is None else [context]
-        if isinstance(self.field, nn.Module):
-            parameters += list(self.field.parameters())
         try:
-            solution = odeint(derivative, x, *times, solver, controlled=1, parameters=parameters)
+            solution = solve(
+                Dynamics(self.field, divergence if log_det else None),
+                x,
+                clock_of(*times, x),
+                solver,
+                args=(context, noise),
+                batch_dims=1,
+                controlled=1,
+                parameters=self.field.parameters() if isinstance(self.field, nn.Module) else (),
+            )
         except SolverError as error:
             raise self._explained(error) from error.__cause__
         log_dets = solution.quadratures
@@ -227,34 +226,3 @@ class CNF(Transform):
             if error.status == "non_finite_field" and not parameter.isfinite().all():
                 return error.explained(f"The parameter {name} is not finite.")
         return error
-
-
-class _BoundField:
-    """A field as f(t, x, context), whichever of the two signatures it has.
-
-    It keeps the parameters of the moment: a backward pass that evaluates the field again must use
-    them even if `torch.func.functional_call` has taken them out of the module since.
-    """
-
-    def __init__(self, field: Field) -> None:
-        self.field = field
-        if hasattr(field, "with_divergence"):
-            self.with_divergence = field.with_divergence
-        self.tensors: dict[str, Tensor] = {}
-        if isinstance(field, nn.Module):
-            named = [*field.named_parameters(), *field.named_buffers()]
-            self.tensors = {name: _normal(tensor) for name, tensor in named}
-
-    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        arguments = (t, x) if context is None else (t, x, context)
-        if isinstance(self.field, nn.Module) and self._replaced(self.field):
-            return torch.func.functional_call(self.field, self.tensors, arguments)
-        return self.field(*arguments)
-
-    def _replaced(self, field: nn.Module) -> bool:
-        return any(self.tensors[name] is not p for name, p in field.named_parameters())
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    """A tensor that autograd may use: a copy, where it was made in inference mode."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor

@@ -17,9 +17,10 @@ import cnf
 from cnf.ode import METHODS, Solver, odeint
 from cnf.ode.gradient import first_derivative
 from cnf.ode.rhs import RightHandSide
-from cnf.ode.solve import integrate
+from cnf.ode.solve import integrate, tolerance_of
 from cnf.ode.stats import SolveStats
-from cnf.ode.step import Clock, runge_kutta_step
+from cnf.ode.step import Clock, combine, runge_kutta_step
+from cnf.ode.stepper import EagerStepper
 
 GRADIENTS = ["backprop", "checkpoint", "adjoint"]
 RECOMPUTING = ["checkpoint", "adjoint"]
@@ -126,12 +127,14 @@ def test_the_gradient_of_an_adaptive_solve_is_that_of_its_steps(name):
         dx = (3 * x @ w.T).tanh() * (4 * t).cos()
         return dx, dx.square().sum(-1, keepdim=True)
 
-    def stepper(clock, t, t_next, x, first):
-        taken.append((t, t_next))
-        return runge_kutta_step(rhs, METHODS[name], clock, t, t_next, x, first)
+    class Recording(EagerStepper):
+        def __call__(self, clock, t, t_next, x, q, first):
+            taken.append((t, t_next))
+            return super().__call__(clock, t, t_next, x, q, first)
 
+    method, tolerance = METHODS[name].coefficients, tolerance_of(solver, x0, 1, None)
     rhs = RightHandSide(f, 1, SolveStats("forward", name, 0.0, 1.0))
-    integrate(rhs, x0, Clock(0.0, 1.0), solver, batch_dims=1, controlled=None, stepper=stepper)
+    integrate(Recording(rhs, method, tolerance), x0, Clock(0.0, 1.0), solver, tolerance)
     later = [t for t, _ in taken[1:]] + [1.0]
     accepted = [step for step, t in zip(taken, later, strict=True) if step[1] == t]
     assert len(accepted) >= 3
@@ -140,8 +143,8 @@ def test_the_gradient_of_an_adaptive_solve_is_that_of_its_steps(name):
         q = 0.0
         for t, t_next in accepted:
             g = partial(f, w=w)
-            step = runge_kutta_step(g, METHODS[name], Clock(0.0, 1.0), t, t_next, x, None)
-            x, q = step.x, q + step.dq
+            stages = runge_kutta_step(g, method, Clock(0.0, 1.0), t, t_next, x, None)
+            x, q = stages.x, q + combine(method.b, stages.rates, stages.h)
         return x.sin().sum() + q.exp().sum()
 
     assert gradcheck(frozen, (x0, own), rtol=1e-6, atol=1e-8)

@@ -13,6 +13,7 @@ import torch
 from cnf.ode import METHODS, Solver, odeint
 from cnf.ode.methods import tableau
 from cnf.ode.step import Clock, runge_kutta_step
+from cnf.ode.stepper import finish
 
 ORDERS = {
     "euler": 1,
@@ -91,7 +92,7 @@ def numbers(name: str, *, embedded: bool = False) -> tuple[tuple, tuple]:
     method = METHODS[name]
     b = method.embedded if embedded else method.weights
     if name in DECIMAL:
-        return method.a, tuple(float(v) for v in b)
+        return method.coefficients.a, tuple(float(v) for v in b)
     return method.stages, b
 
 
@@ -140,10 +141,10 @@ def test_double_precision_columns_are_the_tableau(name):
     method = METHODS[name]
     assert method.adaptive == (name in EMBEDDED)
     assert method.first_same_as_last == (name in {"bosh3", "dopri5", "tsit5"})
-    assert method.c == tuple(float(v) for v in method.nodes)
-    assert method.b == tuple(float(v) for v in method.weights)
-    assert len(method.e) == (STAGES[name] if name in EMBEDDED else 0)
-    assert sum(method.e) == pytest.approx(0, abs=1e-15)
+    assert method.coefficients.c == tuple(float(v) for v in method.nodes)
+    assert method.coefficients.b == tuple(float(v) for v in method.weights)
+    assert len(method.coefficients.e) == (STAGES[name] if name in EMBEDDED else 0)
+    assert sum(method.coefficients.e) == pytest.approx(0, abs=1e-15)
 
 
 def test_an_unknown_method_is_named_with_the_nearest_one():
@@ -208,10 +209,11 @@ STEPS = {
 
 def march(name, f, x, t0, t1, steps):
     """Equal steps of any method, adaptive ones too."""
-    method, clock, q, last = METHODS[name], Clock(t0, t1), 0.0, None
+    method, clock, q, last = METHODS[name].coefficients, Clock(t0, t1), 0.0, None
     grid = [t0 + (t1 - t0) * i / steps for i in range(steps)] + [t1]
     for t, t_next in pairwise(grid):
-        step = runge_kutta_step(f, method, clock, t, t_next, x, last)
+        stages = runge_kutta_step(f, method, clock, t, t_next, x, last)
+        step = finish(method, None, x, None, stages)
         x, q, last = step.x, q + step.dq, step.last
     return x, q
 

@@ -68,7 +68,7 @@ def test_linear_field_is_the_matrix_exponential(name, divergence):
     expected = z @ torch.from_numpy(expm(a.numpy())).T
     torch.testing.assert_close(x, expected, rtol=accuracy(name), atol=accuracy(name))
     noise = cnf.Hutchinson("gaussian", probes=3).sample_noise(z, torch.Generator().manual_seed(1))
-    trace = a.trace().expand(5) if divergence == "exact" else (noise @ a * noise).sum(-1).mean(0)
+    trace = a.trace().expand(5) if divergence == "exact" else (noise @ a * noise).sum(-1).mean(1)
     torch.testing.assert_close(log_det, trace, rtol=1e-11, atol=1e-11)
     back, minus = flow.inverse_and_log_det(x, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(back, z, rtol=5 * accuracy(name), atol=5 * accuracy(name))

@@ -26,6 +26,7 @@ def test_solves_are_recorded_in_order():
     assert dataclasses.asdict(solves[0]) == {
         "kind": "forward", "method": "rk4", "t0": 0.0, "t1": 1.0,
         "nfe": 12, "accepted": 3, "rejected": 0, "status": "converged",
+        "failed": 0, "next_step": 0.0,
     }  # fmt: skip
     assert (solves[1].method, solves[1].t1) == ("dopri5", -2.0)
 
