@@ -22,6 +22,7 @@ Conventions, the same everywhere:
 
 from __future__ import annotations
 
+from cnf.audit import check
 from cnf.base import StandardNormal
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.errors import CheckpointError, SolverError, TrainingError
@@ -54,6 +55,7 @@ __all__ = [
     "TrainingError",
     "Transform",
     "VectorField",
+    "check",
     "odeint",
     "record_solves",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -96,6 +97,83 @@ class Flow(nn.Module):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; use 'raise' or 'nan'")
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
         return self.base.log_prob(z) + log_det
+
+    def score(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+        create_graph: bool = False,
+    ) -> Tensor:
+        """The score of the density at x (*batch, *event): grad_x log p(x).
+
+        Args:
+            x: data.
+            context: conditions (*batch, C), or broadcastable to it.
+            divergence: "exact", "hutchinson" or a `Divergence`, for this call; an estimate makes
+                the score one too.
+            solver: a solver, for this call.
+            generator: source of the estimator's noise.
+            create_graph: whether the score shall be differentiable itself, which needs
+                gradient="backprop" and compile=False.
+
+        Raises:
+            RuntimeError: create_graph with a solver that has no second derivatives.
+            SolverError: a solve that cannot end.
+
+        Example:
+            >>> import cnf
+            >>> flow = cnf.Flow(cnf.StandardNormal(2), cnf.CNF(lambda t, x: 0 * x, "exact"))
+            >>> flow.score(torch.tensor([[1.0, -2.0]]))
+            tensor([[-1.,  2.]])
+        """
+        self._check_shape(x)
+        choices = _choices(divergence, solver, generator)
+        with torch.inference_mode(False), torch.enable_grad():
+            if not (create_graph and x.requires_grad):
+                x = x.clone().detach().requires_grad_(x.is_floating_point())
+            z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
+            log_prob = self.base.log_prob(z) + log_det
+            (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
+        return score
+
+    def trajectory(
+        self,
+        z: Tensor,
+        times: Iterable[float] | Tensor,
+        context: Tensor | None = None,
+        *,
+        solver: Solver | TorchDiffEq | None = None,
+    ) -> Tensor:
+        """The path of base samples z to the data: x (T, *batch, *event) at given times.
+
+        Args:
+            z: base samples (*batch, *event), as `flow.base.rsample((n,))` draws them.
+            times: strictly monotone, from the base time (0) towards the data time (1), (T,).
+            context: conditions (*batch, C), or broadcastable to it.
+            solver: a solver, for this call.
+
+        Raises:
+            SolverError: a solve that cannot end.
+            TypeError: a flow of another transform than one CNF.
+            ValueError: times that are not finite, beyond the span, or not in order.
+
+        Example:
+            >>> import cnf
+            >>> flow = cnf.FFJORD(2)
+            >>> flow.trajectory(flow.base.rsample((5,)), [0, 0.5, 1]).shape
+            torch.Size([3, 5, 2])
+        """
+        self._check_shape(z)
+        if not isinstance(self.transform, CNF):
+            raise TypeError(
+                f"the path of a {type(self.transform).__name__} has no times of its own; call "
+                "trajectory of the CNFs in flow.transform, one after the other"
+            )
+        return self.transform.trajectory(z, times, context, **_choices(None, solver, None))
 
     def sample(
         self,

@@ -16,6 +16,7 @@ from cnf.fields.base import event_shape_of
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms import CNF, Compose, Transform
+from cnf.transforms.times import Time, check_end_times, own_copy
 
 __all__ = ["FFJORD"]
 
@@ -35,6 +36,8 @@ class FFJORD(Flow):
         field: what makes a field, called as field(features, hidden, context=..., **options):
             `MLPField`, `ConcatSquashField`, or your own.
         base: base density; None for the standard normal.
+        times: (base, data) times of each block; an `nn.Parameter` () is learned, by each block for
+            itself.
         options: passed to `field`, such as activation="softplus".
 
     Raises:
@@ -63,6 +66,7 @@ class FFJORD(Flow):
         solver: Solver | TorchDiffEq | None = None,
         field: Callable[..., nn.Module] = MLPField,
         base: Base | Distribution | None = None,
+        times: tuple[Time, Time] = (0.0, 1.0),
         **options: Any,
     ) -> None:
         event_shape = event_shape_of(features)
@@ -84,6 +88,7 @@ class FFJORD(Flow):
                 divergence,
                 solver,
                 event_dims=len(event_shape),
+                times=own_copy(check_end_times(times)),
             )
             for _ in range(blocks)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class MLPField(VectorField):
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
-        first, *layers = self.network
+        first, *layers = cast("tuple[nn.Linear, ...]", tuple(self.network))
         # The rows of W^T for x, tau and c: time is added once a batch, and products with few
         # columns, as in the gradient with respect to x, are several times faster this way round.
         weight = first.weight.t().contiguous()  # (D + T + C, H)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cnf.checks import check_number
 from cnf.divergence import Divergence, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
-from cnf.ode import Solver, TorchDiffEq
+from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.dynamics import Dynamics, normal
+from cnf.transforms.times import Time, check_end_times, path_times
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +44,7 @@ class CNF(Transform):
         solver: the choices of the solve; None for `Solver()`.
         event_dims: number of trailing dimensions of a sample; None takes it from the field's
             `event_shape`, or 1 where it has none. (C, H, W) has 3, scalars 0.
-        times: (base, data) times.
+        times: (base, data) times, numbers or tensors (): an `nn.Parameter` is learned.
 
     Shapes:
         z, x (*batch, *event); context (*batch, C) or broadcastable to it; log_det (*batch,).
@@ -67,7 +70,7 @@ class CNF(Transform):
         solver: Solver | TorchDiffEq | None = None,
         *,
         event_dims: int | None = None,
-        times: tuple[float, float] = (0.0, 1.0),
+        times: tuple[Time, Time] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         self.context_use = context_use(field)
@@ -80,15 +83,17 @@ class CNF(Transform):
         elif isinstance(event_dims, bool) or not isinstance(event_dims, int) or event_dims < 0:
             raise ValueError(f"event_dims={event_dims!r} must be a number of dimensions, 0 or more")
         self.event_dims = event_dims
-        if len(tuple(times)) != 2:
-            raise ValueError(f"times={times!r} must be a pair, (base time, data time)")
-        for name, t in zip(("times[0]", "times[1]"), times, strict=True):
-            check_number(name, t)
-        self.times = (times[0], times[1])
+        self.base_time, self.data_time = check_end_times(times)
+
+    @property
+    def times(self) -> tuple[Time, Time]:
+        """The (base, data) times."""
+        return self.base_time, self.data_time
 
     def extra_repr(self) -> str:
         """The choices, for `print`."""
-        return f"divergence={self.divergence}, solver={self.solver}, times={self.times}"
+        times = tuple(float(t) for t in self.times)
+        return f"divergence={self.divergence}, solver={self.solver}, times={times}"
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -114,11 +119,57 @@ class CNF(Transform):
         """z at the base time; the divergence is not computed."""
         return self._solve(x, context, self.times[::-1], choices, log_det=False)[0]
 
+    def trajectory(
+        self,
+        z: Tensor,
+        times: Iterable[float] | Tensor,
+        context: Tensor | None = None,
+        **choices: Unpack[Choices],
+    ) -> Tensor:
+        """The states of the path from z at given times, each as accurate as the end of a solve.
+
+        x(t_i) = z + int_{t_base}^{t_i} f(t, x) dt
+
+        The solver lands on every time, so many of them cost steps.
+
+        Args:
+            z: states at the base time (*batch, *event).
+            times: strictly monotone, from the base time towards the data time (T,).
+            context: (*batch, C), or broadcastable to it.
+            choices: solver=, for this call.
+
+        Returns:
+            x (T, *batch, *event), differentiable in z, context and parameters.
+
+        Raises:
+            SolverError: a solve that cannot end.
+            ValueError: times that are not finite, beyond the span, or not in order.
+
+        Example:
+            >>> path = CNF(lambda t, x: -x).trajectory(torch.ones(1, 1), [0, 0.5, 1])
+            >>> [round(x, 3) for x in path.flatten().tolist()]
+            [1.0, 0.607, 0.368]
+        """
+        start, end = (float(t) for t in self.times)
+        ts = path_times(times, start, end)
+        solver, x, t = as_solver(choices.get("solver", self.solver)), z, self.base_time
+        states: list[Tensor] = []
+        for t_next in ts:
+            if t_next != float(t) or not states:
+                fraction = (t_next - float(t)) / ((end - start) or 1.0)
+                choices["solver"] = _part_of(solver, fraction)
+                with record_solves() as solves:
+                    x, _ = self._solve(x, context, (t, t_next), choices, log_det=False)
+                solver = _continued(solver, solves[0])
+            states.append(x)
+            t = t_next
+        return torch.stack(states) if states else z.new_empty((0, *z.shape))
+
     def _solve(
         self,
         x: Tensor,
         context: Tensor | None,
-        times: tuple[float, float],
+        times: tuple[Time, Time],
         choices: Choices,
         *,
         log_det: bool,
@@ -146,7 +197,7 @@ class CNF(Transform):
         self,
         x: Tensor,
         context: Tensor | None,
-        times: tuple[float, float],
+        times: tuple[Time, Time],
         choices: Choices,
         *,
         log_det: bool,
@@ -206,7 +257,8 @@ class CNF(Transform):
         check_finite(x, x.ndim - self.event_dims)
 
     def _check_like_parameters(self, x: Tensor) -> None:
-        parameter = next(self.parameters(), None)
+        field = self.field
+        parameter = next(field.parameters(), None) if isinstance(field, nn.Module) else None
         if parameter is None:
             return
         if parameter.device != x.device:
@@ -226,3 +278,16 @@ class CNF(Transform):
             if error.status == "non_finite_field" and not parameter.isfinite().all():
                 return error.explained(f"The parameter {name} is not finite.")
         return error
+
+
+def _part_of(solver: Solver | TorchDiffEq, fraction: float) -> Solver | TorchDiffEq:
+    """The solver for a fraction of the span: as many fixed steps as belong to it."""
+    steps = max(1, math.ceil(solver.steps * fraction - 1e-9))
+    return dataclasses.replace(solver, steps=steps)
+
+
+def _continued(solver: Solver | TorchDiffEq, stats: SolveStats) -> Solver | TorchDiffEq:
+    """The solver for what follows: it begins with the step at which the solve before ended."""
+    if isinstance(solver, TorchDiffEq) or not stats.next_step:
+        return solver
+    return dataclasses.replace(solver, first_step=stats.next_step)
