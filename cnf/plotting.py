@@ -16,6 +16,7 @@ from torch import Tensor
 from cnf.base import as_base
 from cnf.flow import Flow
 from cnf.transforms import CNF, Compose, Transform
+from cnf.transforms.times import as_number
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -56,7 +57,7 @@ def truncate(flow: Flow, fraction: float) -> Flow:
         if not isinstance(block, CNF):
             raise TypeError(f"the path of a {type(block).__name__} is not defined, only a CNF's")
         if i < done or i == 0:
-            start, end = block.times
+            start, end = (as_number(t) for t in block.times)
             stop = start + (end - start) * min(1.0, done - i)
             part = CNF(
                 block.field,

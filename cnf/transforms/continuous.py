@@ -19,7 +19,7 @@ from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.dynamics import Dynamics, normal
-from cnf.transforms.times import Time, check_end_times, path_times
+from cnf.transforms.times import Time, as_number, check_end_times, path_times
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,7 +92,7 @@ class CNF(Transform):
 
     def extra_repr(self) -> str:
         """The choices, for `print`."""
-        times = tuple(float(t) for t in self.times)
+        times = tuple(as_number(t) for t in self.times)
         return f"divergence={self.divergence}, solver={self.solver}, times={times}"
 
     def forward_and_log_det(
@@ -150,13 +150,13 @@ class CNF(Transform):
             >>> [round(x, 3) for x in path.flatten().tolist()]
             [1.0, 0.607, 0.368]
         """
-        start, end = (float(t) for t in self.times)
+        start, end = (as_number(t) for t in self.times)
         ts = path_times(times, start, end)
         solver, x, t = as_solver(choices.get("solver", self.solver)), z, self.base_time
         states: list[Tensor] = []
         for t_next in ts:
-            if t_next != float(t) or not states:
-                fraction = (t_next - float(t)) / ((end - start) or 1.0)
+            if t_next != as_number(t) or not states:
+                fraction = (t_next - as_number(t)) / ((end - start) or 1.0)
                 choices["solver"] = _part_of(solver, fraction)
                 with record_solves() as solves:
                     x, _ = self._solve(x, context, (t, t_next), choices, log_det=False)
