@@ -108,7 +108,9 @@ class Exact(Divergence):
 
         def trace(products: Products) -> Tensor:
             batch, dims = x.shape[0], math.prod(x.shape[1:])
-            chunk = self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
+            chunk = self.chunk_size or dims
+            if not (self.chunk_size or torch.compiler.is_compiling()):  # there B is not a number
+                chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
             div = x.new_zeros(batch)
             for start in range(0, dims, chunk):
                 i = range(start, min(start + chunk, dims))

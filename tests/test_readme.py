@@ -17,6 +17,14 @@ def test_the_api_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert nfe == 2 + 6 * (accepted + rejected)  # dopri5: the start, a first step, six a step
 
 
+def test_the_choices_of_the_solver_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[1], names)
+    assert names["path"].shape == (3, 100, 2)
+    assert "log-det" in capsys.readouterr().out
+
+
 def test_own_fields_run() -> None:
     import torch
 
@@ -31,5 +39,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

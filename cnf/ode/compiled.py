@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,13 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cnf.ode.control import Tolerance
+from cnf.ode.control import Tolerance, first_step
 from cnf.ode.inductor import options
 from cnf.ode.methods import Coefficients
 from cnf.ode.rhs import Derivative, Function, RightHandSide, evaluate
 from cnf.ode.stats import SolveStats
 from cnf.ode.step import Clock, Time, runge_kutta_step
-from cnf.ode.stepper import EagerStepper, Step, finish
+from cnf.ode.stepper import EagerStepper, Step, finish, sized
 from cnf.warn import warn
 
 __all__ = ["CompiledStepper"]
@@ -32,6 +33,24 @@ Arguments = tuple["Tensor | None", ...]
 def _evaluation(f: Function, t: Tensor, x: Tensor, args: Arguments, batch_dims: int) -> Derivative:
     # The field gets a copy of its own, which costs nothing in a graph: it may write into it.
     return evaluate(f, t, x.clone(), args, batch_dims)
+
+
+def _start(
+    f: Function,
+    order: int,
+    tolerance: Tolerance,
+    t: Tensor,
+    end: Tensor,
+    x: Tensor,
+    args: Arguments,
+    batch_dims: int,
+) -> tuple[Derivative, Tensor]:
+    def rhs(t: Tensor, x: Tensor) -> Derivative:
+        return evaluate(f, t, x.clone(), args, batch_dims)
+
+    first = rhs(t.to(x), x)
+    with torch.no_grad():
+        return first, first_step(rhs, order, t, end, tolerance, x.detach(), first[0].detach())
 
 
 def _step(
@@ -85,6 +104,7 @@ class CompiledStepper:
         self.tolerance = tolerance
         self.program = _program(f.f, (name, tolerance is None), _step, x)
         self.evaluation = _program(f.f, (), _evaluation, x)
+        self.starter = _program(f.f, (name,), _start, x)
 
     def evaluate(self, t: Tensor, x: Tensor) -> Derivative:
         """f(t, x)."""
@@ -94,6 +114,25 @@ class CompiledStepper:
         f.stats.nfe += 1
         with f.in_precision(x), f.watched(x):
             return self.evaluation(f.f, t.to(x), self._carrying(x), f.args, f.batch_dims)
+
+    def start(
+        self, clock: Clock, x: Tensor, order: int, first: Derivative | None
+    ) -> tuple[Derivative, Tensor]:
+        """f at the start, and the size of a first step."""
+        if first is not None:
+            return first, sized(self.evaluate, order, clock, self.tolerance, x, first)
+        if self._replaced() or x.numel() == 0:
+            return self.eager.start(clock, x, order, first)
+        f = self.f
+        f.stats.nfe += 2
+        t, end = (clock.values.at(s, x) for s in (clock.start, clock.end))
+        if clock.t0 is not None:
+            t = clock.at(clock.start, x)
+        with f.in_precision(x), f.watched(x):
+            started: tuple[Derivative, Tensor] = self.starter(
+                f.f, order, self.tolerance, t, end, self._carrying(x), f.args, f.batch_dims
+            )
+        return started
 
     def __call__(
         self,
@@ -192,7 +231,7 @@ class _Program:
         if self.failed:
             return self.eager(*args)
         try:
-            return self.compiled(*args)
+            return self._run(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers raise errors of every kind
@@ -206,6 +245,23 @@ class _Program:
                 RuntimeWarning,
             )
             return result
+
+    def _run(self, *args: Any) -> Any:
+        try:
+            return self.compiled(*args)
+        except Exception as error:
+            if not _is_warning(error):
+                raise
+        with warnings.catch_warnings():  # torch's own, where warnings are errors
+            warnings.simplefilter("ignore")
+            return self.compiled(*args)
+
+
+def _is_warning(error: BaseException | None) -> bool:
+    """Whether a warning turned error is behind it."""
+    while error is not None and not isinstance(error, Warning):
+        error = error.__cause__ or error.__context__ or getattr(error, "inner_exception", None)
+    return error is not None
 
 
 def _first_line(error: Exception) -> str:

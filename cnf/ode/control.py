@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from cnf.ode.methods import Coefficients
 from cnf.ode.rhs import Derivative
-from cnf.ode.step import Clock, Stages, combine
+from cnf.ode.step import Stages, Time, combine, time_dtype
 
-__all__ = ["MAX_REJECTIONS", "Controller", "Tolerance", "first_step", "first_steps"]
+__all__ = ["MAX_REJECTIONS", "Controller", "Evaluation", "Tolerance", "first_step"]
 
 MAX_REJECTIONS = 20  # in a row: at the smallest factor, a step 1e-14 of the first try
 
@@ -108,62 +107,52 @@ Evaluation = Callable[[Tensor, Tensor], Derivative]
 
 @torch.no_grad()
 def first_step(
-    f: Evaluation, order: int, clock: Clock, tolerance: Tolerance, x: Tensor, dx: Tensor
-) -> float:
+    f: Evaluation,
+    order: int,
+    start: Time,
+    end: Time,
+    tolerance: Tolerance,
+    x: Tensor,
+    dx: Tensor,
+    *,
+    shared: bool = True,
+) -> Tensor:
     """A first step size, not negative (Hairer, Norsett & Wanner, section II.4).
 
-    It costs one evaluation, at the end of an Euler step inside the span. The smallest over the
-    batch counts. NaN where dx is not finite or overflows the norm.
+    It costs one evaluation, at the end of an Euler step inside the span. NaN where dx is not finite
+    or overflows the norm.
+
+    Args:
+        f: right-hand side.
+        order: of the method.
+        start: time of x.
+        end: time of the end.
+        tolerance: the error norm.
+        x: state.
+        dx: f(start, x).
+        shared: whether the smallest over the batch counts, for all; else each sample has its own,
+            and x is (B, *event).
+
+    Returns:
+        () in the dtype of x, or (B,).
     """
-    span = clock.end - clock.start
+    span = end - start
+    span = span.to(x) if isinstance(span, Tensor) else x.new_full((), span)
     if x.numel() == 0:
-        return abs(span)
-    d1, guesses = _euler_steps(tolerance, x, dx)
-    guess = guesses.min().item()
-    h0 = min(guess, 0.01 * abs(span)) if guess == math.inf else min(guess, abs(span))
-    if not h0 > 0:
-        return math.nan
-    h = h0 if span > 0 else -h0
-    moved, _ = f(clock.times([clock.start + h], x)[0], torch.add(x, dx, alpha=h))
-    h1 = _second_steps(tolerance, order, d1, moved - dx, x, h0)
-    best = h1.nan_to_num(h0, math.inf, h0).min().item()
-    h = min(100 * h0, best, abs(span))
-    return h if h > 0 else math.nan
-
-
-@torch.no_grad()
-def first_steps(
-    f: Evaluation, order: int, clock: Clock, tolerance: Tolerance, x: Tensor, dx: Tensor
-) -> Tensor:
-    """`first_step` for each sample of x (B, *event): (B,) in the dtype of x, NaN as there."""
-    span = clock.end - clock.start
-    d1, guesses = _euler_steps(tolerance, x, dx)
-    h0 = guesses.clamp(max=abs(span))
-    h0 = torch.where(guesses.isinf(), 0.01 * abs(span), h0)
-    h = h0 if span > 0 else -h0
-    t = clock.start + h.double()
-    moved = combine((1.0,), (dx,), h, x)
-    moved = x if moved is None else moved
-    slope, _ = f(t.to(x), moved)
-    h1 = _second_steps(tolerance, order, d1, slope - dx, x, h0)
-    h1 = torch.where(h1.isnan(), h0, h1)
-    h = torch.minimum(100 * h0, h1).clamp(max=abs(span))
-    return torch.where(h > 0, h, math.nan)
-
-
-def _euler_steps(tolerance: Tolerance, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """The size of dx, and a step that moves x by a hundredth; infinite where neither tells.
-
-    A sample at zero or at rest says nothing about the step: it is left to the others.
-    """
+        return span.abs().expand(() if shared else x.shape[:1])
     d0, d1 = tolerance.per_sample(x, x), tolerance.per_sample(dx, x)
+    # A sample at zero or at rest says nothing about the step: it is left to the others.
     silent = (d0 < 1e-5) | (d1 < 1e-5)
-    return d1, torch.where(silent, torch.inf, 0.01 * d0 / d1)
-
-
-def _second_steps(
-    tolerance: Tolerance, order: int, d1: Tensor, change: Tensor, x: Tensor, h0: float | Tensor
-) -> Tensor:
-    """The step at which the first neglected term of an Euler step is a hundredth."""
-    steepest = torch.maximum(d1, tolerance.per_sample(change, x) / h0)
-    return torch.where(steepest <= 1e-15, torch.inf, (0.01 / steepest) ** (1.0 / order))
+    guess = torch.where(silent, torch.inf, 0.01 * d0 / d1)  # moves x by a hundredth
+    guess = guess.min() if shared else guess
+    h0 = torch.where(guess.isinf(), 0.01 * span.abs(), torch.minimum(guess, span.abs()))
+    h = torch.where(h0 > 0, h0, 0) * span.sign()
+    moved = combine((1.0,), (dx,), h, x)
+    slope, _ = f((start + h.to(time_dtype(x))).to(x), x if moved is None else moved)
+    # The step at which the first neglected term of an Euler step is a hundredth.
+    steepest = torch.maximum(d1, tolerance.per_sample(slope - dx, x) / h0)
+    h1 = torch.where(steepest <= 1e-15, torch.inf, (0.01 / steepest) ** (1.0 / order))
+    h1 = torch.where(h1.isnan(), h0, h1)
+    h1 = h1.min() if shared else h1
+    h = torch.minimum(torch.minimum(100 * h0, h1), span.abs())
+    return torch.where(h > 0, h, torch.nan)

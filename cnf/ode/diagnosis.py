@@ -95,7 +95,7 @@ def check_precision(solver: Solver | TorchDiffEq, x: Tensor) -> None:
         warn(
             f"{name} resolves {resolution:.1g}, too coarse for rtol={solver.rtol:g} and "
             f"atol={solver.atol:g}: the solver takes many small steps for errors that it cannot "
-            f"remove; {remedy}, or use fixed steps or tolerances above {30 * resolution:.1g}"
+            f"remove; {remedy}, or use fixed steps or tolerances above {30 * resolution:.2g}"
         )
 
 

@@ -82,6 +82,7 @@ class Failure:
         slopes: list[Tensor],
         errors: Tensor | None = None,
         numbers: Tensor | None = None,
+        total: int | None = None,
     ) -> SolverError:
         """The error to raise.
 
@@ -93,6 +94,7 @@ class Failure:
             slopes: derivatives at the stages tried last, those of the quadratures included.
             errors: error estimate per sample of the step tried last.
             numbers: the samples that x holds (N,), where it does not hold all.
+            total: number of samples, where x does not hold all.
         """
         status, bad = self._cause(status, x, slopes, errors)
         what = _WHAT[status]
@@ -106,8 +108,8 @@ class Failure:
         return SolverError(
             f"{what} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
-            f"{self.stats.nfe} evaluations; {len(samples)} of {bad.numel()} samples at fault, "
-            f"first indices {samples[:10]}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
+            f"{self.stats.nfe} evaluations; {len(samples)} of {total or bad.numel()} samples at "
+            f"fault, first indices {samples[:10]}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
             status=status,
             t=t,
             dt=dt,

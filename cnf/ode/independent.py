@@ -1,8 +1,9 @@
 """batch="independent": every sample has its own time, step size and accept decision.
 
-The rows stay in blocks of 16: matrix products round a row alike in every batch of whole blocks, so
-that a sample's result depends on no other sample, to the last bit. A sample that is done stays as
-padding, with steps of size zero, until whole blocks are.
+The rows stay in whole blocks, in which the kernels of float32 round a row alike whatever the batch:
+a sample's result depends on no other sample, to the last bit (in float64 some matrix products
+round by the position of a row). A sample that is done stays as padding, with steps of size zero,
+until whole blocks are.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
-from cnf.ode.control import MAX_REJECTIONS, Tolerance, first_steps
+from cnf.ode.control import MAX_REJECTIONS, Tolerance, first_step
 from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative
-from cnf.ode.solve import Integral, all_finite, slopes_of
+from cnf.ode.solve import Integral, slopes_of
 from cnf.ode.solver import Solver
 from cnf.ode.stats import SolveStats
 from cnf.ode.step import Clock, runge_kutta_step, time_dtype
@@ -24,7 +25,7 @@ from cnf.ode.stepper import Step, Stepper
 
 __all__ = ["block_rows", "integrate_independently"]
 
-_BLOCK = 16
+_BLOCK = 32  # two vectors of 16, the most that a kernel takes at a time
 
 
 def block_rows(n: int, device: torch.device) -> Tensor:
@@ -46,6 +47,7 @@ class _Rows:
         q: its quadratures (N, n), or None.
         first: the derivative at t, or None where it has to be evaluated.
         error: the error of its last accepted step (N,), for the controller.
+        tried: the error of its last try (N,).
         rejections: refused steps in a row (N,).
     """
 
@@ -58,12 +60,13 @@ class _Rows:
     q: Tensor | None
     first: Derivative | None
     error: Tensor
+    tried: Tensor
     rejections: Tensor
 
     def keep(self, index: Tensor) -> None:
         """Only the rows of an index (N,)."""
         self.stepper = self.stepper.rows(index)
-        for name in ("number", "live", "t", "h", "x", "error", "rejections"):
+        for name in ("number", "live", "t", "h", "x", "error", "tried", "rejections"):
             setattr(self, name, getattr(self, name)[index])
         self.q = None if self.q is None else self.q[index]
         if self.first is not None:
@@ -126,7 +129,8 @@ class _IndependentSolve:
                 break
             self._drop(rows)
         else:
-            self._fail(rows, rows.live, "too_many_steps", rows.t + self._signed(rows.h), None)
+            t_next = rows.t + self._signed(rows.h)
+            self._fail(rows, rows.live, "too_many_steps", t_next, rows.tried)
         f.stats.status = "converged"
         return self._gathered(x)
 
@@ -142,13 +146,23 @@ class _IndependentSolve:
         if self.solver.first_step is not None:
             h = torch.full_like(t, min(self.solver.first_step, span))
         else:
-            values, dx = self.clock.values, first[0].detach()
-            h = first_steps(self.stepper.evaluate, self.order, values, self.tolerance, x, dx)
+            f, start, end = self.stepper.evaluate, self.clock.start, self.clock.end
+            dx = first[0].detach()
+            h = first_step(f, self.order, start, end, self.tolerance, x, dx, shared=False)
             h = h.to(t).nan_to_num(1e-6 * span)  # not finite: the first step will tell why
-        live = torch.ones_like(t, dtype=torch.bool)
-        number = torch.arange(n, device=x.device)
-        zeros = torch.zeros_like(number)
-        return _Rows(self.stepper, number, live, t, h, x, None, first, torch.ones_like(t), zeros)
+        return _Rows(
+            stepper=self.stepper,
+            number=torch.arange(n, device=x.device),
+            live=torch.ones_like(t, dtype=torch.bool),
+            t=t,
+            h=h,
+            x=x,
+            q=None,
+            first=first,
+            error=torch.ones_like(t),
+            tried=torch.zeros_like(t),
+            rejections=torch.zeros_like(t, dtype=torch.long),
+        )
 
     def _round(self, rows: _Rows) -> None:
         """One step of every live row, taken back where its error is too large."""
@@ -178,8 +192,8 @@ class _IndependentSolve:
         self, rows: _Rows, t_next: Tensor, good: Tensor, refused: Tensor, step: Step
     ) -> Step:
         """The step with refused rows left where they were."""
-        if torch.is_grad_enabled() and not all_finite(step.x, step.dq):
-            # A derivative of what is not finite would spoil the gradient of the others.
+        if torch.is_grad_enabled():
+            # A refused try may hold infinite derivatives, and even zero times those is NaN.
             t_next = torch.where(good, t_next, rows.t)
             step = rows.stepper(self.clock, rows.t, t_next, rows.x, rows.q, rows.first)
         last = step.last
@@ -212,6 +226,7 @@ class _IndependentSolve:
         h = (t_next - rows.t).abs() * torch.where(good, grow, shrink)
         rows.h = torch.where(rows.live, h, rows.h)
         rows.error = torch.where(good, error.clamp(min=1e-4), rows.error)
+        rows.tried = error
         rows.rejections = torch.where(refused, rows.rejections + 1, 0)
         rows.t = torch.where(good, t_next, rows.t)
         rows.x, rows.first = step.x, step.last
@@ -271,6 +286,7 @@ class _IndependentSolve:
             [k[:n] for k in slopes_of(rows.stepper, stages)],
             None if error is None else error[index],
             rows.number[index],
+            self.samples,
         )
 
     def _gathered(self, x: Tensor) -> Integral:

@@ -222,9 +222,8 @@ class _Problem:
         def run(x: Tensor) -> Integral:
             if tolerance is None or samples is None:
                 return integrate(stepper, x, clock, self.solver, tolerance, first)
-            return integrate_independently(
-                stepper, x, clock, self.solver, tolerance, samples, first
-            )
+            # The derivative at one time for all may differ in the last bit: taken anew.
+            return integrate_independently(stepper, x, clock, self.solver, tolerance, samples)
 
         if gradient == "adjoint":
             return AdjointSolve(stepper, self.clock, self.solver, run, self.recorders)(x, known)

@@ -42,6 +42,13 @@ class Recomputing:
         with torch.no_grad():
             return self.stepper.evaluate(t, x)
 
+    def start(
+        self, clock: Clock, x: Tensor, order: int, first: Derivative | None
+    ) -> tuple[Derivative, Tensor]:
+        """f at the start, without gradient, and the size of a first step."""
+        with torch.no_grad():
+            return self.stepper.start(clock, x, order, first)
+
     def __call__(
         self,
         clock: Clock,

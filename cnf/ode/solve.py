@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cnf.ode.control import MAX_REJECTIONS, Controller, Tolerance, first_step
+from cnf.ode.control import MAX_REJECTIONS, Controller, Tolerance
 from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative
 from cnf.ode.solver import Solver
@@ -55,7 +55,7 @@ def integrate(
     if tolerance is None:
         result = _fixed(stepper, x, clock, solver, failure, first)
     else:
-        result = _adaptive(stepper, x, clock, solver, failure, tolerance, first)
+        result = _adaptive(stepper, x, clock, solver, failure, first)
     f.stats.status = "converged"
     return result
 
@@ -112,8 +112,19 @@ def _fixed(
         x, q, last = step.x, _add(q, step.dq), step.last
         stepper.f.stats.accepted += 1
     if not all_finite(x, q):
+        if solver.on_failure == "nan":
+            return _spoiled(x, q)
         _locate(stepper, begin, clock, grid, failure)
     return Integral(x, q)
+
+
+def _spoiled(x: Tensor, q: Tensor | None) -> Integral:
+    """The ends, all NaN for a sample of which a part is not finite; x (B, *event), q (B, n)."""
+    bad = ~x.detach().isfinite().unsqueeze(-1).flatten(1).all(-1)
+    if q is not None:
+        bad |= ~q.detach().isfinite().all(-1)
+        q = q.masked_fill(bad.unsqueeze(-1), torch.nan)
+    return Integral(x.masked_fill(bad.reshape(-1, *[1] * (x.ndim - 1)), torch.nan), q)
 
 
 def _grid(clock: Clock, solver: Solver) -> list[float]:
@@ -147,7 +158,6 @@ def _adaptive(
     clock: Clock,
     solver: Solver,
     failure: Failure,
-    tolerance: Tolerance,
     first: Derivative | None,
 ) -> Integral:
     """Steps as large as the tolerance allows; the last one lands on the end exactly."""
@@ -160,17 +170,14 @@ def _adaptive(
         slopes = slopes_of(stepper, _repeat(stepper, clock, t, t_next, x))
         return failure.error(status, t, t_next - t, x, slopes, errors)
 
-    def evaluated() -> Derivative:
-        return stepper.evaluate(clock.times([t], x)[0], x)
-
-    first = evaluated() if first is None else first
-    h = _first_step(stepper, x, clock, solver, failure, tolerance, first[0])
+    first, h = _started(stepper, x, clock, solver, failure, first)
     for _ in range(solver.max_steps):
         landing = h >= abs(end - t) * (1 - 1e-10)
         t_next = end if landing else t + sign * h
         if t_next == t:
             raise explained("step_underflow", t_next)
-        first = evaluated() if first is None else first
+        if first is None:
+            first = stepper.evaluate(clock.times([t], x)[0], x)
         step = stepper(clock, t, t_next, x, q, first)
         errors = step.error
         error = errors.max().item() if errors is not None and errors.numel() else 0.0
@@ -195,21 +202,24 @@ def _adaptive(
     return Integral(x, q)
 
 
-def _first_step(
+def _started(
     stepper: Stepper,
     x: Tensor,
     clock: Clock,
     solver: Solver,
     failure: Failure,
-    tolerance: Tolerance,
-    dx: Tensor,
-) -> float:
+    first: Derivative | None,
+) -> tuple[Derivative, float]:
+    """f at the start, and the size of the first step."""
     span = abs(clock.end - clock.start)
     if solver.first_step is not None:
-        return min(solver.first_step, span)
-    h = first_step(stepper.evaluate, solver.tableau.order, clock.values, tolerance, x, dx.detach())
+        if first is None:
+            first = stepper.evaluate(clock.times([clock.start], x)[0], x)
+        return first, min(solver.first_step, span)
+    first, size = stepper.start(clock, x, solver.tableau.order, first)
+    h = size.item()
     if not math.isnan(h):
-        return h
-    if not bool(dx.isfinite().all()):
-        raise failure.error("non_finite_field", clock.start, 0.0, x, [dx])
-    return 1e-6 * span  # a field so large that its norm overflows
+        return first, min(h, span)
+    if not bool(first[0].isfinite().all()):
+        raise failure.error("non_finite_field", clock.start, 0.0, x, [first[0]])
+    return first, 1e-6 * span  # a field so large that its norm overflows

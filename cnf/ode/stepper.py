@@ -6,13 +6,13 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from cnf.ode.control import Tolerance
+from cnf.ode.control import Evaluation, Tolerance, first_step
 from cnf.ode.methods import Coefficients
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.stats import SolveStats
 from cnf.ode.step import Clock, Stages, Time, combine, runge_kutta_step
 
-__all__ = ["EagerStepper", "Step", "Stepper", "finish"]
+__all__ = ["EagerStepper", "Step", "Stepper", "finish", "sized"]
 
 
 class Step(NamedTuple):
@@ -39,6 +39,11 @@ class Stepper(Protocol):
 
     def evaluate(self, t: Tensor, x: Tensor) -> Derivative:
         """f(t, x)."""
+
+    def start(
+        self, clock: Clock, x: Tensor, order: int, first: Derivative | None
+    ) -> tuple[Derivative, Tensor]:
+        """f at the start, and the size of a first step (), NaN where f is not finite."""
 
     def __call__(
         self,
@@ -69,6 +74,14 @@ class EagerStepper:
     def evaluate(self, t: Tensor, x: Tensor) -> Derivative:
         """f(t, x)."""
         return self.f(t, x)
+
+    def start(
+        self, clock: Clock, x: Tensor, order: int, first: Derivative | None
+    ) -> tuple[Derivative, Tensor]:
+        """f at the start, and the size of a first step."""
+        if first is None:
+            first = self.f(clock.times([clock.start], x)[0], x)
+        return first, sized(self.f, order, clock, self.tolerance, x, first)
 
     def __call__(
         self,
@@ -102,3 +115,17 @@ def finish(
         last = (stages.slopes[-1], stages.rates[-1] if stages.rates else None)
     error = None if tolerance is None else tolerance.error(method, x, q, stages, dq)
     return Step(stages.x, dq, last, error)
+
+
+def sized(
+    f: Evaluation,
+    order: int,
+    clock: Clock,
+    tolerance: Tolerance | None,
+    x: Tensor,
+    first: Derivative,
+) -> Tensor:
+    """The size of a first step ()."""
+    if tolerance is None:
+        raise ValueError("fixed steps have their size")
+    return first_step(f, order, clock.start, clock.end, tolerance, x, first[0].detach())

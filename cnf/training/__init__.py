@@ -12,9 +12,11 @@ from cnf.training.average import moving_average
 from cnf.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from cnf.training.loop import fit
 from cnf.training.result import FitResult
+from cnf.training.trend import NFETrend
 
 __all__ = [
     "FitResult",
+    "NFETrend",
     "fit",
     "load_checkpoint",
     "load_weights",

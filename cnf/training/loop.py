@@ -61,6 +61,9 @@ def fit(
     SIGINT or SIGTERM ends the run after its step with `last` saved; a second one raises
     `KeyboardInterrupt` at once.
 
+    A `RuntimeWarning` says, once in a run, when the function evaluations of a step have grown
+    fivefold: see `NFETrend`.
+
     Args:
         objective: Module whose forward maps a batch to a scalar loss.
         train: Rows of data, (N, *event), or a function that draws new samples,

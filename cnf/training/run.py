@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from cnf.errors import CheckpointError
 from cnf.training.batches import Batches
 from cnf.training.checkpoint import weights_of
+from cnf.training.trend import NFETrend
 
 __all__ = ["FREE", "Progress", "Run"]
 
@@ -24,6 +25,8 @@ FREE = frozenset(
     "steps max_time patience validate_every log_every out resume progress device".split()  # noqa: SIM905
 )
 """Entries of `config` that do not change the course of a run: kept, but not compared."""
+
+_ADDED = frozenset({"trend"})  # parts of a state that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Run:
     settings: Mapping[str, Any]
     config: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
+    trend: NFETrend = field(default_factory=NFETrend)
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +112,7 @@ class Run:
             "batches": self.batches.state_dict(),
             "random": _random_state(),
             "progress": asdict(self.progress),
+            "trend": self.trend.state_dict(),
             "course": self.course(),
             "config": dict(self.config),
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
@@ -115,7 +120,7 @@ class Run:
 
     def restore(self, state: Mapping[str, Any], path: Path) -> None:
         """Continue from `state`, which came from `path`: all is checked, then all is loaded."""
-        if missing := [key for key in self.state_dict() if key not in state]:
+        if missing := [key for key in self.state_dict() if key not in state and key not in _ADDED]:
             raise CheckpointError(
                 f"checkpoint {path} does not hold a training run: it lacks {', '.join(missing)}."
             )
@@ -131,6 +136,10 @@ class Run:
             self.scheduler.load_state_dict(state["scheduler"])
         self.batches.load_state_dict(state["batches"])
         self.progress = Progress(**state["progress"])
+        if "trend" in state:
+            self.trend.load_state_dict(state["trend"])
+        else:  # its first steps are those that come now
+            self.trend.step = self.progress.step
         _set_random_state(state["random"])
 
 

@@ -67,6 +67,7 @@ def take_step(run: Run, *, clip_grad_norm: float | None) -> StepReport:
     run.progress = run.progress.after(
         report.nfe_forward, report.nfe_backward, time.monotonic() - began
     )
+    run.trend.observe(solves)
     return report
 
 
