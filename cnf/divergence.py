@@ -116,6 +116,10 @@ class Exact(Divergence):
                 i = range(start, min(start + chunk, dims))
                 basis = torch.eye(dims, dtype=x.dtype, device=x.device)[start : i.stop]
                 e = basis.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)  # (K, B, *event)
+                if torch.compiler.is_compiling():
+                    # Written out: torch 2.13 mistakes the strides of an expanded tensor that a
+                    # graph for every batch size saves for its backward pass.
+                    e = e.contiguous()
                 for k, row in zip(i, products(e), strict=True):
                     div = div + row.reshape(batch, dims)[:, k]
             return div

@@ -105,11 +105,12 @@ class Failure:
             samples = numbers[samples].tolist()
         self.stats.status = status
         limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
+        remedy = _REMEDIES[status].format(limit=self.limit)
         return SolverError(
             f"{what} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
             f"{self.stats.nfe} evaluations; {len(samples)} of {total or bad.numel()} samples at "
-            f"fault, first indices {samples[:10]}]. Remedy: {_REMEDIES[status].format(limit=self.limit)}.",
+            f"fault, first indices {samples[:10]}]. Remedy: {remedy}.",
             status=status,
             t=t,
             dt=dt,

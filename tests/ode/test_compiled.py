@@ -263,6 +263,8 @@ def test_tolerances_and_step_sizes_compile_nothing(adaptive):
     x, context = normal(9, 2), normal(9, 2, seed=1)
     flow = adaptive
     flow.log_prob(x, context).sum().backward()
+    given = dataclasses.replace(flow.transform.solver, first_step=0.1)
+    flow.log_prob(x, context, solver=given).sum().backward()
     with Graphs() as new:
         for rtol, atol in ((1e-2, 1e-4), (1e-4, 1e-5), (0.0, 1e-3), (1e-3, 0.0)):
             choice = dataclasses.replace(flow.transform.solver, rtol=rtol, atol=atol, max_steps=777)
