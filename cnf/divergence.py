@@ -74,7 +74,8 @@ class Exact(Divergence):
     vector-Jacobian products e_i^T J, batched in chunks; any event shape.
 
     Args:
-        chunk_size: products in one batch; None bounds the memory of a batch instead. 1 takes them
+        chunk_size: products in one batch; None takes few on a CPU and bounds the memory of a batch
+            elsewhere. 1 takes them
             one by one, for fields whose backward pass cannot be vectorised.
 
     Raises:

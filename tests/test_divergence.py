@@ -77,7 +77,7 @@ def test_chunks_do_not_change_the_value(chunk):
     )
 
 
-@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (1, 12), (5, 3), (12, 1)])
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 3), (1, 12), (5, 3), (12, 1)])
 def test_chunks_bound_the_products_taken_at_once(chunk, passes):
     x, calls = normal(4, 12), []
     w = normal(12, 12)
