@@ -74,9 +74,8 @@ class Exact(Divergence):
     vector-Jacobian products e_i^T J, batched in chunks; any event shape.
 
     Args:
-        chunk_size: products in one batch; None takes few on a CPU and bounds the memory of a batch
-            elsewhere. 1 takes them
-            one by one, for fields whose backward pass cannot be vectorised.
+        chunk_size: products in one batch; None takes few on a CPU, and elsewhere as many as memory
+            allows. 1 takes them one by one, for fields whose backward pass cannot be vectorised.
 
     Raises:
         ValueError: chunk_size is not a positive integer.
