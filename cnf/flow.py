@@ -138,7 +138,13 @@ class Flow(nn.Module):
             z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
             log_prob = self.base.log_prob(z) + log_det
             (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
-        return score
+        if create_graph and not score.requires_grad:
+            raise RuntimeError(
+                "this solver gives a score without a gradient of its own; use "
+                "cnf.Solver(gradient='backprop', compile=False)"
+            )
+        failed = log_prob.isnan().reshape(*log_prob.shape, *[1] * len(self.event_shape))
+        return score.masked_fill(failed, torch.nan)
 
     def trajectory(
         self,

@@ -134,16 +134,17 @@ class Failure:
         if errors is None:
             return status, torch.ones_like(bad)
         worst = errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
-        if self.tolerance is not None and (worst & self._below_resolution(x, sizes)).any():
+        roundings = 4 if status == "too_many_steps" else 16
+        if self.tolerance is not None and (worst & self._below(roundings, x, sizes)).any():
             return "tolerance_below_resolution", worst
         return status, worst
 
-    def _below_resolution(self, x: Tensor, sizes: Tensor) -> Tensor:
+    def _below(self, roundings: int, x: Tensor, sizes: Tensor) -> Tensor:
         """Samples of which a few roundings are as large as the tolerance; sizes are max |x|."""
         if self.tolerance is None:
             return torch.zeros_like(sizes, dtype=torch.bool)
         allowed = sizes * self.tolerance.rtol + self.tolerance.atol
-        return allowed < 16 * torch.finfo(x.dtype).eps * sizes
+        return allowed < roundings * torch.finfo(x.dtype).eps * sizes
 
     def _per_sample(self, value: Tensor) -> Tensor:
         return value.unsqueeze(-1).flatten(self.batch_dims)  # (*batch, *event) -> (*batch, D)

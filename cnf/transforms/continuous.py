@@ -134,7 +134,8 @@ class CNF(Transform):
 
         Args:
             z: states at the base time (*batch, *event).
-            times: strictly monotone, from the base time towards the data time (T,).
+            times: strictly monotone, from the base time towards the data time (T,); no gradient
+                is taken in them.
             context: (*batch, C), or broadcastable to it.
             choices: solver=, for this call.
 

@@ -49,12 +49,15 @@ def path_times(times: Iterable[float] | Tensor, start: float, end: float) -> lis
     """The times along a path, checked: from start towards end, strictly monotone.
 
     Raises:
+        TypeError: not a sequence.
         ValueError: a time that is not finite, beyond the span, or not after the one before it.
 
     Example:
         >>> path_times([0, 0.5, 1], 0.0, 1.0)
         [0.0, 0.5, 1.0]
     """
+    if not isinstance(times, (Tensor, Iterable)):
+        raise TypeError(f"times must be a sequence of numbers (T,), got {type(times).__name__}")
     if not isinstance(times, Tensor):
         times = torch.tensor(list(times), dtype=torch.float64)
     values = times.detach()

@@ -363,3 +363,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(min(main(), 1))
+
+
+def test_too_few_steps_are_no_question_of_the_resolution():
+    flow = cnf.FFJORD(2, divergence="exact", solver=Solver(rtol=1e-6, atol=1e-6, max_steps=2))
+    with pytest.raises(cnf.SolverError) as raised:
+        flow.log_prob(3 * torch.randn(6, 2))
+    assert raised.value.status == "too_many_steps"

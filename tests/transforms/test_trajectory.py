@@ -140,6 +140,11 @@ def test_times_are_a_list_a_tensor_or_integers_and_may_be_none_at_all():
     assert flow.trajectory(z, []).shape == (0, 3, 2)
 
 
+def test_one_time_is_no_sequence_of_times():
+    with pytest.raises(TypeError, match=r"times must be a sequence.*float"):
+        cnf.FFJORD(2).trajectory(torch.randn(3, 2), 0.5)
+
+
 def test_a_flow_of_several_blocks_has_no_path():
     with pytest.raises(TypeError, match=r"Compose.*in flow\.transform"):
         cnf.FFJORD(2, blocks=2).trajectory(torch.randn(3, 2), [0.5])
@@ -204,6 +209,21 @@ def test_the_score_has_derivatives_of_its_own():
 def test_a_score_without_second_derivatives_names_the_mode_that_has_them(gradient):
     flow = cnf.FFJORD(2, hidden=(8,), solver=Solver("rk4", steps=2, gradient=gradient))
     with pytest.raises(RuntimeError, match=f"{gradient}.*gradient='backprop'"):
+        flow.score(torch.randn(3, 2), create_graph=True)
+
+
+def test_the_score_of_a_sample_that_fails_is_nan():
+    cube = cnf.CNF(lambda t, x: x**3, "exact", times=(1.0, 0.0))
+    flow = cnf.Flow(cnf.StandardNormal(2), cube)
+    x = torch.tensor([[0.1, 0.1], [3.0, 0.0]])
+    score = flow.score(x, solver=Solver(on_failure="nan"))
+    assert score[0].isfinite().all()
+    assert score[1].isnan().all()
+
+
+def test_a_score_that_has_no_graph_is_refused_where_one_is_asked():
+    flow = cnf.FFJORD(2, hidden=(8,), solver=cnf.TorchDiffEq("rk4", steps=2, gradient="adjoint"))
+    with pytest.raises(RuntimeError, match="gradient='backprop'"):
         flow.score(torch.randn(3, 2), create_graph=True)
 
 
