@@ -81,7 +81,6 @@ def integrate_independently(
     solver: Solver,
     tolerance: Tolerance,
     samples: int,
-    first: Derivative | None = None,
 ) -> Integral:
     """Integrate each row of x (N, *event) by steps of its own.
 
@@ -92,7 +91,6 @@ def integrate_independently(
         solver: the choices.
         tolerance: the error norm.
         samples: number of rows that are samples; the others are padding.
-        first: f at the start, where it is known already.
 
     Returns:
         The ends; NaN for a sample that failed, with solver.on_failure "nan".
@@ -101,7 +99,7 @@ def integrate_independently(
         SolverError: with the cause, with solver.on_failure "raise".
     """
     solve = _IndependentSolve(stepper, clock, solver, tolerance, samples)
-    return solve.run(x, first)
+    return solve.run(x)
 
 
 class _IndependentSolve:
@@ -117,9 +115,9 @@ class _IndependentSolve:
         self.done: list[tuple[Tensor, Tensor, Tensor | None]] = []  # number, x, q
         self.steps: list[Tensor] = []  # whether each round accepted and refused any
 
-    def run(self, x: Tensor, first: Derivative | None) -> Integral:
+    def run(self, x: Tensor) -> Integral:
         f = self.stepper.f
-        rows = self._start(x, first)
+        rows = self._start(x)
         self._failure = Failure(
             "max_steps", self.solver.max_steps, f.stats, largest(x), f.batch_dims, self.tolerance
         )
@@ -137,11 +135,10 @@ class _IndependentSolve:
     def _signed(self, h: Tensor) -> Tensor:
         return h if self.clock.end > self.clock.start else -h
 
-    def _start(self, x: Tensor, first: Derivative | None) -> _Rows:
+    def _start(self, x: Tensor) -> _Rows:
         n = len(x)
         t = torch.full((n,), self.clock.start, dtype=time_dtype(x), device=x.device)
-        if first is None:
-            first = self.stepper.evaluate(self.clock.times([t], x)[0], x)
+        first = self.stepper.evaluate(self.clock.times([t], x)[0], x)
         span = abs(self.clock.end - self.clock.start)
         if self.solver.first_step is not None:
             h = torch.full_like(t, min(self.solver.first_step, span))
