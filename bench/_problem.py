@@ -52,8 +52,11 @@ class Problem:
         return self.x.shape[1]
 
     def network(self) -> Perceptron:
-        """A copy of the network, for one contestant alone."""
-        return Perceptron(copy.deepcopy(self.field.network))
+        """A copy of the network, for one contestant alone, with torch's own tanh."""
+        layers = (copy.deepcopy(m) for m in self.field.network)
+        return Perceptron(
+            nn.Sequential(*(m if isinstance(m, nn.Linear) else nn.Tanh() for m in layers))
+        )
 
     def weights(self) -> list[tuple[Tensor, Tensor]]:
         """(weight, bias) of each layer."""

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from cnf.audit import check
 from cnf.base import StandardNormal
-from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.divergence import Divergence, Exact, HutchPlusPlus, Hutchinson
 from cnf.errors import CheckpointError, SolverError, TrainingError
-from cnf.fields import ConcatSquashField, MLPField, VectorField
+from cnf.fields import ConcatSquashField, LinearField, MLPField, SumField, VectorField
 from cnf.flow import Flow
 from cnf.models import FFJORD
 from cnf.objectives import MaximumLikelihood
@@ -44,13 +44,16 @@ __all__ = [
     "Divergence",
     "Exact",
     "Flow",
+    "HutchPlusPlus",
     "Hutchinson",
     "Inverse",
+    "LinearField",
     "MLPField",
     "MaximumLikelihood",
     "Solver",
     "SolverError",
     "StandardNormal",
+    "SumField",
     "TorchDiffEq",
     "TrainingError",
     "Transform",

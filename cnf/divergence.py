@@ -11,22 +11,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cnf.checks import check_choice, check_count
+from cnf.fields.base import Constants
+from cnf.fields.closed_form import offers
 from cnf.graph import unknown_leaves
+from cnf.warn import warn
 
-__all__ = ["Divergence", "Exact", "Hutchinson", "as_divergence"]
+__all__ = ["Divergence", "Estimator", "Exact", "HutchPlusPlus", "Hutchinson", "as_divergence"]
 
-BoundField = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event)."""
+BoundField = Any
+"""f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event), and the
+closed forms that `VectorField` describes, where the field has them."""
+
+Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
+"""The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
 
 _CHUNK_ELEMENTS = 2**24  # numbers in one batch of products: 64 MiB in float32
 _CHUNK_ON_CPU = 4  # products in one batch: more leave the cache, and took twice as long
 _UNROLLED = 8  # products that a compiled evaluation takes one by one
+_MANY_PRODUCTS = 256  # above it, `Exact` says what it will cost
 
 
 class Divergence(ABC):
@@ -35,8 +43,10 @@ class Divergence(ABC):
     To add one, inherit, and write
 
     1. `sample_noise(x, generator)` returns what is random, once a solve, or None.
-    2. `__call__(field, t, x, context, noise)` returns f and its divergence, a function of its
-       arguments alone, differentiable in all of them where grad mode is on.
+    2. `constants(field, x, noise)` returns tensors that do not change in a solve: computed once,
+       they reach every evaluation, and get their gradient.
+    3. `__call__(field, t, x, context, noise, constants)` returns f and its divergence, a function
+       of its arguments alone, differentiable in all of them where grad mode is on.
     """
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
@@ -48,9 +58,25 @@ class Divergence(ABC):
         """
         return None
 
+    def constants(self, field: BoundField, x: Tensor, noise: Tensor | None) -> Constants:
+        """What does not change in a solve: tensors (B, ...) where there is noise, else of any shape.
+
+        Args:
+            field: the vector field.
+            x: state (B, *event) at the start, for shape, dtype and device.
+            noise: from `sample_noise`.
+        """
+        return ()
+
     @abstractmethod
     def __call__(
-        self, field: BoundField, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor | None
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
         """f(t, x, context) and its divergence.
 
@@ -60,38 +86,35 @@ class Divergence(ABC):
             x: state (B, *event).
             context: (B, C) or None.
             noise: from `sample_noise`, its first dimension that of the samples.
+            constants: from `constants(field, x, noise)`; None computes them anew.
 
         Returns:
             dx (B, *event) and the divergence (B,).
         """
 
 
-@dataclass(frozen=True)
-class Exact(Divergence):
-    """The exact divergence, sum_i df_i/dx_i.
+class Estimator(Divergence):
+    """A divergence estimated from probes: the mean of k unbiased estimates.
 
-    In closed form where the field offers `with_divergence(t, x, context) -> (dx, div)`, else by D
-    vector-Jacobian products e_i^T J, batched in chunks; any event shape.
+    To add one, inherit, and write `sample_noise` and `estimates`.
 
-    Args:
-        chunk_size: products in one batch; None takes few on a CPU, and elsewhere as many as memory
-            allows. 1 takes them one by one, for fields whose backward pass cannot be vectorised.
-
-    Raises:
-        ValueError: chunk_size is not a positive integer.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0]])
-        >>> dx, div = Exact()(lambda t, x, c: x**2, torch.tensor(0.0), x, None, None)
-        >>> div
-        tensor([6.])
+    Attributes:
+        probes: k.
     """
 
-    chunk_size: int | None = None
+    probes: int
 
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None:
-            check_count("chunk_size", self.chunk_size)
+    @abstractmethod
+    def estimates(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event), and the estimate of each probe (B, k)."""
 
     def __call__(
         self,
@@ -100,51 +123,116 @@ class Exact(Divergence):
         x: Tensor,
         context: Tensor | None = None,
         noise: Tensor | None = None,
+        constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """f(t, x, context) (B, *event) and its exact divergence (B,)."""
-        closed_form = getattr(field, "with_divergence", None)
-        if closed_form is not None:
-            dx, div = closed_form(t, x, context)
-            return dx, div
-
-        def trace(products: Products) -> Tensor:
-            batch, dims = x.shape[0], math.prod(x.shape[1:])
-            chunk = self.chunk_size or dims
-            if not (self.chunk_size or torch.compiler.is_compiling()):  # there B is not a number
-                chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
-                chunk = chunk if x.is_cuda else min(chunk, _CHUNK_ON_CPU)
-            div = x.new_zeros(batch)
-            for start in range(0, dims, chunk):
-                i = range(start, min(start + chunk, dims))
-                basis = torch.eye(dims, dtype=x.dtype, device=x.device)[start : i.stop]
-                e = basis.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)  # (K, B, *event)
-                if torch.compiler.is_compiling():
-                    # Written out: torch 2.13 mistakes the strides of an expanded tensor that a
-                    # graph for every batch size saves for its backward pass.
-                    e = e.contiguous()
-                for k, row in zip(i, products(e), strict=True):
-                    div = div + row.reshape(batch, dims)[:, k]
-            return div
-
-        return _linearised(field, t, x, context, trace)
+        """f(t, x, context) (B, *event) and the estimate of its divergence (B,)."""
+        dx, each = self.estimates(field, t, x, context, noise, constants)
+        return dx, each.squeeze(1) if each.shape[1] == 1 else each.mean(1)
 
 
 @dataclass(frozen=True)
-class Hutchinson(Divergence):
+class Exact(Divergence):
+    """The exact divergence, sum_i df_i/dx_i.
+
+    In closed form where the field has one (see `VectorField`), else by D vector-Jacobian products
+    e_i^T J, batched in chunks; any event shape. Many products cost much: a warning says how much.
+
+    Args:
+        chunk_size: products in one batch; None takes few on a CPU, and elsewhere as many as memory
+            allows. 1 takes them one by one, for fields whose backward pass cannot be vectorised.
+        closed_form: False takes products even where the field has a closed form.
+
+    Raises:
+        ValueError: chunk_size is not a positive integer.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> dx, div = Exact()(lambda t, x, c: x**2, torch.tensor(0.0), x)
+        >>> div
+        tensor([6.])
+    """
+
+    chunk_size: int | None = None
+    closed_form: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size)
+
+    def constants(self, field: BoundField, x: Tensor, noise: Tensor | None = None) -> Constants:
+        """What the field's closed form needs, or nothing."""
+        if self.closed_form and offers(field, "closed_form"):
+            return field.divergence_constants() if hasattr(field, "divergence_constants") else ()
+        dims = math.prod(x.shape[1:])
+        if dims > _MANY_PRODUCTS:
+            warn(
+                f"the exact divergence takes {dims} products with the Jacobian at every "
+                f"evaluation, which cost about as much as {2 * dims} evaluations of the field "
+                "(three times that in training); use a field with a closed form (MLPField or "
+                "ConvField of one or two hidden layers), or "
+                "cnf.Hutchinson(probes=...) with return_stderr=True"
+            )
+        return ()
+
+    def __call__(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event) and its exact divergence (B,)."""
+        if not (self.closed_form and offers(field, "closed_form")):
+            return _linearised(field, t, x, context, lambda products: self._trace(products, x))
+        if not hasattr(field, "divergence_constants"):
+            dx, div = field.with_divergence(t, x, context)
+            return dx, div
+        constants = field.divergence_constants() if constants is None else constants
+        dx, div = field.with_divergence(t, x, context, constants)
+        return dx, div
+
+    def _trace(self, products: Products, x: Tensor) -> Tensor:
+        """The sum of e_i^T J e_i over all directions (B,)."""
+        batch, dims = x.shape[0], math.prod(x.shape[1:])
+        chunk = self.chunk_size or dims
+        if not (self.chunk_size or torch.compiler.is_compiling()):  # there B is not a number
+            chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
+            chunk = chunk if x.is_cuda else min(chunk, _CHUNK_ON_CPU)
+        div = x.new_zeros(batch)
+        for start in range(0, dims, chunk):
+            i = range(start, min(start + chunk, dims))
+            basis = torch.eye(dims, dtype=x.dtype, device=x.device)[start : i.stop]
+            e = basis.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)  # (K, B, *event)
+            if torch.compiler.is_compiling():
+                # Written out: torch 2.13 mistakes the strides of an expanded tensor that a
+                # graph for every batch size saves for its backward pass.
+                e = e.contiguous()
+            for k, row in zip(i, products(e), strict=True):
+                div = div + row.reshape(batch, dims)[:, k]
+        return div
+
+
+@dataclass(frozen=True)
+class Hutchinson(Estimator):
     """Hutchinson's estimate of the divergence: the mean over k probes e of e^T J e, E[e e^T] = I.
 
     Unbiased. With S = (J + J^T) / 2, the variance of one probe is 2 ||S||_F^2 for Gaussian noise
-    and 2 (||S||_F^2 - sum_i S_ii^2) for Rademacher noise, so Rademacher is the default; k probes
-    divide it by k.
+    and 2 (||S||_F^2 - sum_i S_ii^2) for Rademacher noise, so Rademacher is the default; k
+    independent probes divide it by k. Orthogonal probes are sqrt(D) times k orthonormal vectors,
+    uniform on the sphere: each alone is as good as 2 D / (D + 2) (||S||_F^2 - tr^2 / D), together
+    they are better than independent ones, and with k = D exact.
 
     Args:
-        noise: "rademacher" (+1 or -1) or "gaussian".
-        probes: k.
+        noise: "rademacher" (+1 or -1), "gaussian", or "orthogonal".
+        probes: k; orthogonal ones beyond D come in blocks of D.
 
     Raises:
         ValueError: an unknown noise, or probes not a positive integer.
 
-    Reference: FFJORD, Grathwohl et al., arXiv 1810.01367.
+    Reference: FFJORD, Grathwohl et al., arXiv 1810.01367; orthogonal probes, Yu et al.,
+    arXiv 1610.09072.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -154,47 +242,118 @@ class Hutchinson(Divergence):
         tensor([6.])
     """
 
-    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    noise: Literal["rademacher", "gaussian", "orthogonal"] = "rademacher"
     probes: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("noise", self.noise, ("rademacher", "gaussian"))
+        check_choice("noise", self.noise, ("rademacher", "gaussian", "orthogonal"))
         check_count("probes", self.probes)
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes (B, k, *event)."""
-        device = x.device if generator is None else generator.device
-        shape = (x.shape[0], self.probes, *x.shape[1:])
-        if self.noise == "gaussian":
-            e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator)
-        else:
-            e = torch.randint(0, 2, shape, dtype=x.dtype, device=device, generator=generator)
-            e = 2 * e - 1
-        return e.to(x.device)
+        return _draw(self.noise, x, self.probes, generator)
 
-    def __call__(
+    def constants(self, field: BoundField, x: Tensor, noise: Tensor | None) -> Constants:
+        """What the field's closed form of the estimate needs, or nothing."""
+        if offers(field, "closed_quadratic_form"):
+            return field.quadratic_form_constants(_checked(noise, x, self.probes))
+        return ()
+
+    def estimates(
         self,
         field: BoundField,
         t: Tensor,
         x: Tensor,
         context: Tensor | None = None,
         noise: Tensor | None = None,
+        constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """f(t, x, context) (B, *event) and the estimate of its divergence (B,)."""
-        shape = (x.shape[0], self.probes, *x.shape[1:])
-        if noise is None or noise.shape != shape:
-            seen = None if noise is None else tuple(noise.shape)
-            raise ValueError(
-                f"noise must have the shape (B, probes, *event) = {tuple(shape)}, "
-                f"got {seen}; draw it with sample_noise(x)"
-            )
-        probes = noise.movedim(1, 0)  # (k, B, *event)
+        """f(t, x, context) (B, *event) and e^T J e for each probe (B, k)."""
+        probes = _checked(noise, x, self.probes)
+        if offers(field, "closed_quadratic_form"):
+            constants = self.constants(field, x, noise) if constants is None else constants
+            dx, form = field.with_quadratic_form(t, x, context, constants)
+            return dx, form
+        probes = probes.movedim(1, 0)  # (k, B, *event)
 
-        def trace(products: Products) -> Tensor:
-            estimates = [_dot(row, e) for row, e in zip(products(probes), probes, strict=True)]
-            return estimates[0] if len(estimates) == 1 else torch.stack(estimates).mean(0)
+        def forms(products: Products) -> Tensor:
+            rows = zip(products(probes), probes, strict=True)
+            return torch.stack([_dot(row, e) for row, e in rows], 1)
 
-        return _linearised(field, t, x, context, trace)
+        return _linearised(field, t, x, context, forms)
+
+
+@dataclass(frozen=True)
+class HutchPlusPlus(Estimator):
+    """Hutch++: the trace over r directions in which J is large, and Hutchinson's for what is left.
+
+        tr J = tr(Q^T J Q) + mean_k g^T (I - Q Q^T) J (I - Q Q^T) g,    Q = orth(J^T S)
+
+    Unbiased, with the variance of the rest alone: far less noise than Hutchinson's where few
+    directions dominate the Jacobian. It takes 2 r + k products.
+
+    Args:
+        rank: r, columns of the sketch S, at most D.
+        probes: k.
+
+    Raises:
+        ValueError: rank or probes not a positive integer; in use, a rank above D.
+
+    Reference: Meyer, Musco, Musco & Woodruff, arXiv 2010.09649.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> estimate = HutchPlusPlus(rank=1, probes=1)
+        >>> noise = estimate.sample_noise(x)
+        >>> estimate(lambda t, x, c: x.sum(1, keepdim=True) * x, torch.tensor(0.0), x, None, noise)[1].shape
+        torch.Size([1])
+    """
+
+    rank: int = 4
+    probes: int = 4
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+        check_count("probes", self.probes)
+
+    def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The sketch and the probes (B, r + k, *event)."""
+        dims = math.prod(x.shape[1:])
+        if self.rank > dims:
+            raise ValueError(f"rank={self.rank} must be at most D={dims}; use cnf.Exact() there")
+        sketch = _draw("gaussian", x, self.rank, generator)
+        return torch.cat((sketch, _draw("rademacher", x, self.probes, generator)), 1)
+
+    def estimates(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event) and the estimate of each probe (B, k)."""
+        noise = _checked(noise, x, self.rank + self.probes).flatten(2)  # (B, r + k, D)
+        sketch, probes = noise.split((self.rank, self.probes), 1)
+
+        def forms(products: Products) -> Tensor:
+            def rows(vectors: Tensor) -> Tensor:  # v^T J: (B, K, D) -> (B, K, D)
+                batch = vectors.movedim(1, 0).reshape(-1, *x.shape)
+                return torch.stack([row.flatten(1) for row in products(batch)], 1)
+
+            seen = rows(sketch)
+            # A part of the sketch itself: any Q will do, but the derivative of `qr` needs full rank.
+            size = seen.norm(dim=(1, 2), keepdim=True) / sketch.norm(dim=(1, 2), keepdim=True)
+            tiny = torch.finfo(x.dtype).tiny ** 0.5
+            seen = seen + (1e-3 * size.detach() + tiny) * sketch
+            q = torch.linalg.qr(seen.mT).Q.mT  # (B, r, D), orthonormal rows
+            rest = probes - probes @ q.mT @ q
+            both = torch.cat((q, rest), 1)
+            form = (rows(both) * both).sum(-1)  # (B, r + k)
+            return form[:, : self.rank].sum(1, keepdim=True) + form[:, self.rank :]
+
+        return _linearised(field, t, x, context, forms)
 
 
 def as_divergence(divergence: str | Divergence) -> Divergence:
@@ -216,8 +375,37 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
     return names[divergence]
 
 
-Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
-"""The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
+def _draw(noise: str, x: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
+    """Probes (B, k, *event) with E[e e^T] = I."""
+    device = x.device if generator is None else generator.device
+    shape = (x.shape[0], probes, *x.shape[1:])
+    if noise == "rademacher":
+        e = torch.randint(0, 2, shape, dtype=x.dtype, device=device, generator=generator)
+        return (2 * e - 1).to(x.device)
+    e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+    return e if noise == "gaussian" else _orthogonal(e.flatten(2)).reshape(shape)
+
+
+def _orthogonal(e: Tensor) -> Tensor:
+    """Gaussian rows (B, k, D) made orthogonal, of the length sqrt(D), uniform in direction."""
+    dims = e.shape[-1]
+    blocks = []
+    for block in e.split(dims, 1) if dims else ():
+        q, r = torch.linalg.qr(block.mT)
+        # The signs that make the decomposition unique make Q uniform.
+        blocks.append((q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)).mT)
+    return math.sqrt(dims) * torch.cat(blocks, 1) if blocks else e
+
+
+def _checked(noise: Tensor | None, x: Tensor, probes: int) -> Tensor:
+    shape = (x.shape[0], probes, *x.shape[1:])
+    if noise is None or noise.shape != shape:
+        seen = None if noise is None else tuple(noise.shape)
+        raise ValueError(
+            f"noise must have the shape (B, probes, *event) = {tuple(shape)}, "
+            f"got {seen}; draw it with sample_noise(x)"
+        )
+    return noise
 
 
 def _linearised(
@@ -249,12 +437,11 @@ def _linearised(
         own_leaf = not (differentiable and x.requires_grad)
         x = x.detach().requires_grad_() if own_leaf else x
         dx = field(t, x, context)
-        if not isinstance(dx, Tensor) or dx.shape != x.shape:
-            return dx, x.new_zeros(x.shape[0])  # the right-hand side will refuse dx
+        if not isinstance(dx, Tensor) or dx.shape != x.shape or not dx.requires_grad:
+            # f is constant, or the right-hand side will refuse what it gave
+            return dx, trace(torch.zeros_like)
         if own_leaf and differentiable:
             differentiable = bool(unknown_leaves([dx], [x]))
-        if not dx.requires_grad:  # f is constant
-            return dx, x.new_zeros(x.shape[0])
         div = trace(lambda vectors: _products(dx, x, vectors, differentiable))
     return (dx, div) if differentiable else (dx.detach(), div.detach())
 

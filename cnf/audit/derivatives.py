@@ -15,6 +15,7 @@ from cnf.audit.measure import Reference
 from cnf.audit.report import AuditRow, Finding, GradientAudit, first_sentence, judge
 from cnf.audit.subject import Point, Subject
 from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.fields.closed_form import offers
 from cnf.memory import peak_memory
 from cnf.ode import record_solves
 
@@ -28,7 +29,7 @@ _HIDDEN = "is hidden from autograd: look for detach, no_grad, .data or numpy"
 def divergence(own: Subject, ref: Reference) -> Finding:
     """|div - its central differences| at the start, the middle and the end of the path."""
     errors, sizes, h = [], [1.0], ref.eps ** (1 / 3)
-    closed = any(hasattr(part.field, "with_divergence") for part in own.cnfs)
+    closed = any(offers(part.field, "closed_form") for part in own.cnfs)
     for replay in ref.subject.replays:
         points = replay.points
         for i in sorted({0, len(points) // 2, len(points) - 1}) if points else ():
@@ -46,7 +47,7 @@ def divergence(own: Subject, ref: Reference) -> Finding:
 def _divergences(inner: Divergence, point: Point) -> Iterator[tuple[Divergence, Tensor | None]]:
     """What to compare with differences: along its noise, or for None along all directions."""
     estimates = isinstance(inner, Hutchinson)
-    cheap = point.x[0].numel() <= _EXACT_DIMS or hasattr(point.field, "with_divergence")
+    cheap = point.x[0].numel() <= _EXACT_DIMS or offers(point.field, "closed_form")
     if cheap or not isinstance(inner, (Exact, Hutchinson)):
         yield inner if point.noise is None else Exact(), None
     elif not estimates:

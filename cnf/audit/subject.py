@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf.divergence import BoundField, Divergence, as_divergence
+from cnf.fields.base import Constants
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
 from cnf.ode.odeint import as_solver
@@ -54,14 +55,24 @@ class Replay(Divergence):
         self.used += 1
         return None if noise is None else _row(noise, self.row).to(x)
 
+    def constants(self, field: BoundField, x: Tensor, noise: Tensor | None) -> Constants:
+        """What the inner divergence computes once."""
+        return self.inner.constants(field, x, noise)
+
     def __call__(
-        self, field: BoundField, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor | None
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the inner divergence gives."""
         self.calls += 1
         if self.calls & (self.calls - 1) == 0:  # the 1st, 2nd, 4th, ...: few, but along the path
             self.points.append(Point(field, t.detach(), x.detach(), context, noise))
-        return self.inner(field, t, x, context, noise)
+        return self.inner(field, t, x, context, noise, constants)
 
 
 @dataclass

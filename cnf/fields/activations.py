@@ -1,17 +1,36 @@
-"""Activations by name. Smooth ones only: an adaptive solver pays for every kink."""
+"""Activations by name, with their slopes. Smooth ones only: an adaptive solver pays for kinks."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cnf.checks import check_choice
 
-__all__ = ["ACTIVATIONS", "activation"]
+__all__ = ["ACTIVATIONS", "Tanh", "activation", "has_slope", "value_and_slope"]
+
+
+class Tanh(nn.Module):
+    """The hyperbolic tangent; in float32 on a CPU as 2 sigmoid(2 a) - 1, several times faster.
+
+    That differs from torch.tanh by rounding, 1.2e-7 at most.
+    """
+
+    def forward(self, a: Tensor) -> Tensor:
+        """tanh(a), of any shape."""
+        if not _by_sigmoid(a):
+            return torch.tanh(a)
+        h: Tensor = _TanhBySigmoid.apply(a) if torch.is_grad_enabled() else _tanh(a)
+        return h
+
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
+    "tanh": Tanh,
     "softplus": nn.Softplus,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
@@ -42,3 +61,149 @@ def activation(choice: str | nn.Module) -> nn.Module:
         )
     check_choice("activation", choice, ACTIVATIONS, ", or a module")
     return ACTIVATIONS[choice]()
+
+
+def has_slope(activation: nn.Module) -> bool:
+    """Whether `value_and_slope` knows a module: one of this file's table, or one of your own
+    with a method `value_and_slope(a) -> (s(a), s'(a))`.
+
+    Example:
+        >>> has_slope(nn.SiLU()), has_slope(nn.Softmax(-1))
+        (True, False)
+    """
+    return type(activation) in _SLOPES or hasattr(activation, "value_and_slope")
+
+
+def value_and_slope(activation: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    """An elementwise activation and its derivative, s(a) and s'(a), of any shape.
+
+    Both are differentiable in a. For modules that `has_slope` knows.
+
+    Example:
+        >>> value_and_slope(nn.Sigmoid(), torch.zeros(1))
+        (tensor([0.5000]), tensor([0.2500]))
+    """
+    rule = _SLOPES.get(type(activation))
+    if rule is None:
+        pair: tuple[Tensor, Tensor] = activation.value_and_slope(a)  # type: ignore[operator]
+        return pair
+    return rule(activation, a)
+
+
+def _by_sigmoid(a: Tensor) -> bool:
+    # A compiled step has a faster one (cnf/ode/inductor.py).
+    return a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _tanh(a: Tensor) -> Tensor:
+    return (2 * a).sigmoid_().mul_(2).sub_(1)
+
+
+def _slope_of_tanh(h: Tensor) -> Tensor:
+    return torch.addcmul(torch.ones((), dtype=h.dtype, device=h.device), h, h, value=-1)
+
+
+class _TanhBySigmoid(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor) -> Tensor:
+        return _tanh(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (h,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(g, h)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor) -> Tensor:  # type: ignore[override]
+        (h,) = ctx.saved_tensors
+        return da * (1 - h * h)
+
+
+class _TanhAndSlope(torch.autograd.Function):
+    """(h, 1 - h^2), whose backward pass is one kernel and a product: plain operations take six."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor) -> tuple[Tensor, Tensor]:
+        h = _tanh(a) if _by_sigmoid(a) else torch.tanh(a)
+        return h, _slope_of_tanh(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, gh: Tensor, gd: Tensor) -> Tensor:  # type: ignore[override]
+        h, d = ctx.saved_tensors
+        return torch.addcmul(gh, gd, h, value=-2) * d
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h, d = ctx.saved_tensors
+        return d * da, -2 * h * d * da
+
+
+def _tanh_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        h = torch.tanh(a)
+        return h, 1 - h * h
+    if torch.is_grad_enabled():
+        pair: tuple[Tensor, Tensor] = _TanhAndSlope.apply(a)
+        return pair
+    return _TanhAndSlope.forward(a)
+
+
+def _sigmoid_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.sigmoid(a)
+    return h, h * (1 - h)
+
+
+def _softplus_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    return s(a), torch.sigmoid(s.beta * a)  # type: ignore[operator]
+
+
+def _silu_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    p = torch.sigmoid(a)
+    h = a * p
+    return h, p + h * (1 - p)
+
+
+def _gelu_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    if s.approximate == "tanh":
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        u = torch.tanh(c * (a + k * a**3))
+        return s(a), 0.5 * (1 + u) + 0.5 * a * (1 - u * u) * c * (1 + 3 * k * a * a)
+    normal = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))  # its distribution function
+    return a * normal, normal + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+
+
+def _elu_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    below = s.alpha * torch.exp(a.clamp(max=0))  # type: ignore[operator]
+    return s(a), torch.where(a > 0, torch.ones_like(a), below)
+
+
+def _mish_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    u = torch.tanh(nn.functional.softplus(a))
+    return a * u, u + a * (1 - u * u) * torch.sigmoid(a)
+
+
+_SLOPES: dict[type[nn.Module], Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    Tanh: _tanh_rule,
+    nn.Tanh: _tanh_rule,
+    nn.Softplus: _softplus_rule,
+    nn.SiLU: _silu_rule,
+    nn.GELU: _gelu_rule,
+    nn.ELU: _elu_rule,
+    nn.Mish: _mish_rule,
+    nn.Sigmoid: _sigmoid_rule,
+}
+"""(module, a) -> (s(a), s'(a)). Subclasses may do anything, so types are matched exactly."""

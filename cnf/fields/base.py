@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-__all__ = ["Field", "VectorField", "check_sizes", "context_use", "event_shape_of"]
+__all__ = ["Constants", "Field", "VectorField", "check_sizes", "context_use", "event_shape_of"]
 
 Field = Callable[..., Tensor]
 """f(t, x) or f(t, x, context) -> dx; t (), x (B, *event), context (B, C), dx (B, *event)."""
+
+
+Constants = tuple[Any, ...]
+"""Tensors that do not change in a solve: a tuple of them, or of such tuples."""
 
 
 class VectorField(nn.Module):
@@ -26,10 +30,26 @@ class VectorField(nn.Module):
 
     Any module or function of (t, x) or (t, x, context) works without inheriting.
 
+    A field whose exact divergence has a closed form can offer it, inheriting or not:
+
+    1. `with_divergence(t, x, context, constants) -> (dx (B, *event), div (B,))`;
+    2. `divergence_constants()` returns what of it depends on parameters alone, a tuple of tensors
+       (or of such tuples): computed once a solve, it reaches `with_divergence` as `constants`, and gets its gradient.
+       Without this method `with_divergence` takes three arguments;
+    3. `closed_form`, an attribute: False for a field that has none as it was built.
+
+    `Exact` then uses it, and `cnf.check` compares it with differences. A closed form of Hutchinson's
+    estimate goes the same way: `with_quadratic_form(t, x, context, constants) -> (dx, e^T J e (B, k))`
+    with `quadratic_form_constants(probes (B, k, *event))`, tensors (B, ...), and
+    `closed_quadratic_form`.
+
     Attributes:
         event_shape: shape of one sample.
         context: number of context features, 0 for none.
     """
+
+    closed_form = False
+    closed_quadratic_form = False
 
     def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
         super().__init__()
@@ -43,6 +63,63 @@ class VectorField(nn.Module):
     def dims(self) -> int:
         """The number of dimensions of one sample."""
         return math.prod(self.event_shape)
+
+    def divergence_constants(self) -> Constants:
+        """What of the divergence depends on parameters alone."""
+        return ()
+
+    def with_divergence(
+        self,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        constants: Constants | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, *event) and its exact divergence (B,), where `closed_form` is true.
+
+        Args:
+            t: time ().
+            x: state (B, *event).
+            context: (B, C) or None.
+            constants: from `divergence_constants()`; None computes them.
+        """
+        self._check(x, context)
+        constants = self.divergence_constants() if constants is None else constants
+        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
+        dx, div = self.derivative_and_divergence(t, flat, context, constants)
+        return dx.reshape(x.shape), div
+
+    def derivative_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, D) at x (B, D), and its divergence (B,)."""
+        raise TypeError(f"this {type(self).__name__} has no closed form of its divergence")
+
+    def quadratic_form_constants(self, probes: Tensor) -> Constants:
+        """What of Hutchinson's estimate depends on probes (B, k, *event) and parameters alone."""
+        raise TypeError(f"this {type(self).__name__} has no closed form of Hutchinson's estimate")
+
+    def with_quadratic_form(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, *event) and e^T J e (B, k), where `closed_quadratic_form` is true.
+
+        Args:
+            t: time ().
+            x: state (B, *event).
+            context: (B, C) or None.
+            constants: from `quadratic_form_constants(probes)`.
+        """
+        self._check(x, context)
+        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
+        dx, form = self.derivative_and_quadratic_form(t, flat, context, constants)
+        return dx.reshape(x.shape), form
+
+    def derivative_and_quadratic_form(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, D) at x (B, D), and e^T J e (B, k)."""
+        raise TypeError(f"this {type(self).__name__} has no closed form of Hutchinson's estimate")
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from cnf.fields.activations import activation as make_activation
-from cnf.fields.base import VectorField, check_sizes
+from cnf.fields.activations import has_slope, value_and_slope
+from cnf.fields.base import Constants, VectorField, check_sizes
+from cnf.fields.closed_form import is_linear
+from cnf.fields.trace import probe_ends, quadratic_form, trace, trace_matrix
 
 __all__ = ["ConcatSquashField"]
 
 
 class _ConcatSquashLinear(nn.Module):
-    """(W x + b) * sigmoid(w_t s + b_t) + w_bt s, with s = (t, context)."""
+    """(W x + b) * sigmoid(w_t s + b_t) + w_bt s, with s = (t, context); not gated if told so."""
 
-    def __init__(self, n_in: int, n_out: int, conditions: int) -> None:
+    def __init__(self, n_in: int, n_out: int, conditions: int, *, gated: bool = True) -> None:
         super().__init__()
         self.linear = nn.Linear(n_in, n_out)
-        self.gate = nn.Linear(conditions, n_out)
+        self.gate = nn.Linear(conditions, n_out) if gated else None
         self.shift = nn.Linear(conditions, n_out, bias=False)
 
-    def forward(self, s: Tensor, x: Tensor) -> Tensor:
-        return self.linear(x) * torch.sigmoid(self.gate(s)) + self.shift(s)
+    def forward(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer, and its gate, (n_out,) or (B, n_out), if it has one."""
+        y = self.linear(x)
+        if self.gate is None:
+            return y + self.shift(s), None
+        gate = torch.sigmoid(self.gate(s))
+        return y * gate + self.shift(s), gate
 
 
 class ConcatSquashField(VectorField):
@@ -34,11 +42,17 @@ class ConcatSquashField(VectorField):
 
     Context, where there is any, stands beside t in the gates and shifts.
 
+    With one or two hidden layers the exact divergence has a closed form (see `MLPField`), unless
+    context gates the output: then every sample would need a matrix M of its own. It costs least
+    without a gate at the output; with one that depends on time alone, M is computed at every
+    evaluation.
+
     Args:
         features: dimensions of a sample, D, or its shape.
         hidden: widths of the hidden layers.
         context: number of context features, 0 for none.
-        activation: a smooth one by name ("tanh", "softplus", ...) or a module.
+        activation: a smooth one by name ("tanh", "softplus", ...) or an elementwise module.
+        gated_output: whether the output layer has a gate too, as FFJORD's has.
 
     Shapes:
         t (), x (B, *event), context (B, C) -> (B, *event).
@@ -53,6 +67,8 @@ class ConcatSquashField(VectorField):
         >>> field = ConcatSquashField(2, hidden=(64, 64, 64))
         >>> field(torch.tensor(0.5), torch.randn(10, 2)).shape
         torch.Size([10, 2])
+        >>> ConcatSquashField(2, context=3, gated_output=False).closed_form
+        True
     """
 
     def __init__(
@@ -62,21 +78,89 @@ class ConcatSquashField(VectorField):
         *,
         context: int = 0,
         activation: str | nn.Module = "tanh",
+        gated_output: bool = True,
     ) -> None:
         super().__init__(features, context)
         check_sizes("hidden", hidden)
         widths = [self.dims, *hidden, self.dims]
+        last = len(hidden)
         self.layers = nn.ModuleList(
-            _ConcatSquashLinear(n_in, n_out, 1 + context) for n_in, n_out in pairwise(widths)
+            _ConcatSquashLinear(n_in, n_out, 1 + context, gated=gated_output or i < last)
+            for i, (n_in, n_out) in enumerate(pairwise(widths))
         )
         self.activations = nn.ModuleList(make_activation(activation) for _ in hidden)
+        self.gated_output = gated_output
+
+    @property
+    def closed_form(self) -> bool:  # type: ignore[override]
+        """Whether the exact divergence has a closed form."""
+        return (
+            len(self.activations) <= 2
+            and not (self.gated_output and self.context)
+            and self._known()
+        )
+
+    @property
+    def closed_quadratic_form(self) -> bool:  # type: ignore[override]
+        """Whether Hutchinson's estimate has a closed form."""
+        return len(self.activations) > 0 and not self.gated_output and self._known()
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
+        return self._run(t, x, context, lambda s, a: (s(a), None))[0]
+
+    def divergence_constants(self) -> Constants:
+        """(M,), what of the divergence depends on parameters alone; nothing with a gated output."""
+        return () if self.gated_output else (trace_matrix(self._weights()),)
+
+    def derivative_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, D) at x (B, D), and its divergence (B,)."""
+        dx, slopes, gate = self._run(t, x, context, value_and_slope)
+        if gate is None:
+            return dx, trace(slopes, constants[0], len(x))
+        *others, last = self._weights()
+        matrix = trace_matrix([*others, gate.unsqueeze(1) * last])
+        return dx, trace(slopes, matrix, len(x))
+
+    def quadratic_form_constants(self, probes: Tensor) -> Constants:
+        """(W_1 e, W_n^T e) for probes e (B, k, *event)."""
+        return probe_ends(self._weights(), probes.flatten(2))
+
+    def derivative_and_quadratic_form(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, D) at x (B, D), and e^T J e (B, k)."""
+        dx, slopes, _ = self._run(t, x, context, value_and_slope)
+        return dx, quadratic_form(slopes, self._weights(), (constants[0], constants[1]))
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.linear.weight for layer in self.layers]  # type: ignore[union-attr, misc]
+
+    def _known(self) -> bool:
+        """Whether the layers are what they were built as, with activations of known slopes."""
+        layers = (layer.linear for layer in self.layers)
+        return all(is_linear(layer) for layer in layers) and all(map(has_slope, self.activations))
+
+    def _run(
+        self,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        apply: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]],
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """dx (B, D), the gated slopes of the hidden layers where `apply` gives them, and the
+        output's gate (D,), or (B, D) with context."""
         s = t.reshape(1)  # (1,), or (B, 1 + C) with context
         if context is not None:
             s = torch.cat((s.expand(len(context), 1), context), -1)
         *hidden, output = self.layers
+        slopes = []
         for layer, activation in zip(hidden, self.activations, strict=True):
-            x = activation(layer(s, x))
-        return output(s, x)
+            a, gate = layer(s, x)
+            x, slope = apply(activation, a)
+            if slope is not None:
+                slopes.append(slope * gate)
+        dx, gate = output(s, x)
+        return dx, slopes, gate

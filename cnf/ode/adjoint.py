@@ -31,26 +31,36 @@ class AdjointSolve:
     error norm. The equation is linear in (a, a_q), which are scaled to about one first: tolerances
     are relative to the gradient's size and not to how the loss was averaged.
 
+    Args:
+        stepper: evaluates the right-hand side, whose inputs are detached leaves.
+        variables: the parameters and those of the leaves that require grad.
+        clock: the span.
+        solver: the choices.
+        solve: the forward solve, from x.
+        recorders: whom the backward solve tells its statistics.
+
     Reference: Chen et al., arXiv 1806.07366; Kidger, Chen & Lyons, arXiv 2009.09457.
     """
 
     def __init__(
         self,
         stepper: Stepper,
+        variables: Sequence[Tensor],
         clock: Clock,
         solver: Solver,
         solve: Callable[[Tensor], Integral],
         recorders: Recorders,
     ) -> None:
         self.stepper = stepper
+        self.variables = variables
         self.clock = clock
         self.solver = solver
         self.solve: Callable[[Tensor], Integral] | None = solve
         self.recorders = recorders
 
-    def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> Integral:
-        """The solve, from x."""
-        return Integral(*_Adjoint.apply(self, x, self.clock.t0, self.clock.t1, *parameters))
+    def __call__(self, x: Tensor, given: Sequence[Tensor]) -> Integral:
+        """The solve, from x; the gradient in the variables is that in `given`, one by one."""
+        return Integral(*_Adjoint.apply(self, x, self.clock.t0, self.clock.t1, *given))
 
     def forward(self, x: Tensor) -> Integral:
         """Values only."""
@@ -120,20 +130,21 @@ class _Adjoint(torch.autograd.Function):
         x: Tensor,
         t0: Tensor | None,
         t1: Tensor | None,
-        *parameters: Tensor,
+        *given: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.task = task
         end = task.forward(x)
-        ctx.save_for_backward(x, end.x, *parameters)
+        ctx.save_for_backward(x, end.x, *given)
         return end.x, end.q
 
     @staticmethod
     def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward('gradient="adjoint"')
         task: AdjointSolve = ctx.task
-        start, x, *parameters = ctx.saved_tensors
+        start, x, *_ = ctx.saved_tensors
+        variables = task.variables
         _, _, need_t0, need_t1, *need = ctx.needs_input_grad
-        wanted = [p for p, n in zip(parameters, need, strict=True) if n]
+        wanted = [p for p, n in zip(variables, need, strict=True) if n]
         scale = _scale(gx, gq)
         a_q = None if gq is None else gq / scale
         a, flat = task.backward(start, x, gx / scale, a_q, wanted)
@@ -142,7 +153,7 @@ class _Adjoint(torch.autograd.Function):
             (next(pieces).reshape(p.shape) * scale if flat.numel() else torch.zeros_like(p))
             if n
             else None
-            for p, n in zip(parameters, need, strict=True)
+            for p, n in zip(variables, need, strict=True)
         ]
         a = a * scale
         t_grads = [

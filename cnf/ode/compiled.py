@@ -10,7 +10,7 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,26 +27,35 @@ from cnf.warn import warn
 
 __all__ = ["CompiledStepper"]
 
-Arguments = tuple["Tensor | None", ...]
+
+class Inputs(NamedTuple):
+    """What a graph needs of a `RightHandSide`."""
+
+    f: Function
+    args: tuple[Tensor | None, ...]
+    shared: tuple[Tensor, ...]
+    batch_dims: int
 
 
-def _evaluation(f: Function, t: Tensor, x: Tensor, args: Arguments, batch_dims: int) -> Derivative:
+def _inputs(f: RightHandSide) -> Inputs:
+    return Inputs(f.f, f.args, f.shared, f.batch_dims)
+
+
+def _evaluation(f: Inputs, t: Tensor, x: Tensor) -> Derivative:
     # The field gets a copy of its own, which costs nothing in a graph: it may write into it.
-    return evaluate(f, t, x.clone(), args, batch_dims)
+    return evaluate(f.f, t, x.clone(), f.args, f.shared, f.batch_dims)
 
 
 def _start(
-    f: Function,
+    f: Inputs,
     order: int,
     tolerance: Tolerance,
     t: Tensor,
     end: Tensor,
     x: Tensor,
-    args: Arguments,
-    batch_dims: int,
 ) -> tuple[Derivative, Tensor]:
     def rhs(t: Tensor, x: Tensor) -> Derivative:
-        return evaluate(f, t, x.clone(), args, batch_dims)
+        return _evaluation(f, t, x)
 
     first = rhs(t.to(x), x)
     with torch.no_grad():
@@ -54,7 +63,7 @@ def _start(
 
 
 def _step(
-    f: Function,
+    f: Inputs,
     method: Coefficients,
     tolerance: Tolerance | None,
     t: Tensor,
@@ -62,11 +71,9 @@ def _step(
     x: Tensor,
     q: Tensor | None,
     first: Derivative | None,
-    args: Arguments,
-    batch_dims: int,
 ) -> Step:
     def rhs(t: Tensor, x: Tensor) -> Derivative:
-        return evaluate(f, t, x.clone(), args, batch_dims)
+        return _evaluation(f, t, x)
 
     stages = runge_kutta_step(rhs, method, Clock(0.0, 1.0), t, t_next, x, first)
     return finish(method, tolerance, x, q, stages)
@@ -113,7 +120,7 @@ class CompiledStepper:
         f = self.f
         f.stats.nfe += 1
         with f.in_precision(x), f.watched(x):
-            return self.evaluation(f.f, t.to(x), self._carrying(x), f.args, f.batch_dims)
+            return self.evaluation(_inputs(f), t.to(x), self._carrying(x))
 
     def start(
         self, clock: Clock, x: Tensor, order: int, first: Derivative | None
@@ -130,7 +137,7 @@ class CompiledStepper:
             t = clock.at(clock.start, x)
         with f.in_precision(x), f.watched(x):
             started: tuple[Derivative, Tensor] = self.starter(
-                f.f, order, self.tolerance, t, end, self._carrying(x), f.args, f.batch_dims
+                _inputs(f), order, self.tolerance, t, end, self._carrying(x)
             )
         return started
 
@@ -157,7 +164,7 @@ class CompiledStepper:
         f.stats.nfe += len(self.method.c) - (first is not None)
         with f.in_precision(x), f.watched(x):
             return self.program(
-                f.f, self.method, self.tolerance, begin, end, x, q, first, f.args, f.batch_dims
+                _inputs(f), self.method, self.tolerance, begin, end, x, q, first
             )
 
     def counting(self, stats: SolveStats) -> CompiledStepper:

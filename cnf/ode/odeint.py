@@ -110,21 +110,26 @@ def solve(
     solver: Solver | TorchDiffEq,
     *,
     args: Sequence[Tensor | None],
+    shared: Sequence[Tensor] = (),
     batch_dims: int,
     controlled: int | None,
     parameters: Iterable[Tensor],
 ) -> Solution:
-    """`odeint` of a state and a clock that are known to be right."""
+    """`odeint` of a state and a clock that are known to be right.
+
+    f gets the tensors `shared` after the args: they belong to no sample, and may be computed from
+    the parameters.
+    """
     stats = SolveStats("forward", solver.method, clock.start, clock.end)
     recorders = active_recorders()
     for recorder in recorders:
         recorder.append(stats)
-    rhs = RightHandSide(f, batch_dims, stats, args=args)
+    rhs = RightHandSide(f, batch_dims, stats, args=args, shared=shared)
     x = x.clone()  # a field that writes into its argument must not reach the caller's tensor
     check_precision(solver, x)
     known = list({id(p): p for p in parameters if p.requires_grad}.values())
     if isinstance(solver, TorchDiffEq):
-        known += [a for a in args if a is not None and a.requires_grad]
+        known += rhs.trainable
         end = solver.integrate(rhs, x, clock, batch_dims, controlled, known, recorders)
         return Solution(end.x, end.q, stats)
     if solver.check_field:
@@ -212,12 +217,16 @@ class _Problem:
         gradient = self.solver.gradient if torch.is_grad_enabled() else "backprop"
         if self.clock.start == self.clock.end:
             gradient = "backprop"  # a single step of size zero
-        stepper, tolerance = self._stepper(x)
-        known = [*self.parameters, *(a for a in self.f.args if a is not None and a.requires_grad)]
-        first = None if gradient == "backprop" else first_derivative(self.f, self.clock, x, known)
+        # Backward evaluates f again: with leaves, so that it stops there and does not go on to the
+        # parameters from which an input was computed.
+        f = self.f if gradient == "backprop" else self.f.detached()
+        stepper, tolerance = self._stepper(f, x)
+        variables = [*self.parameters, *f.trainable]
+        first = None if gradient == "backprop" else first_derivative(f, self.clock, x, variables)
         clock = self.clock if gradient == "backprop" else self.clock.values
         if gradient == "checkpoint":
-            stepper, clock = Recomputing(stepper, self.parameters, self.recorders), self.clock
+            stepper = Recomputing(stepper, self.f, self.parameters, self.recorders)
+            clock = self.clock
 
         def run(x: Tensor) -> Integral:
             if tolerance is None or samples is None:
@@ -226,23 +235,26 @@ class _Problem:
             return integrate_independently(stepper, x, clock, self.solver, tolerance, samples)
 
         if gradient == "adjoint":
-            return AdjointSolve(stepper, self.clock, self.solver, run, self.recorders)(x, known)
+            given = [*self.parameters, *self.f.trainable]
+            return AdjointSolve(
+                stepper, variables, self.clock, self.solver, run, self.recorders
+            )(x, given)
         end = run(x)
         if gradient == "backprop" and self.solver.compile and end.x.requires_grad:
             return Integral(*first_order("compile=True", end.x, end.q))
         return end
 
-    def _stepper(self, x: Tensor) -> tuple[Stepper, Tolerance | None]:
+    def _stepper(self, f: RightHandSide, x: Tensor) -> tuple[Stepper, Tolerance | None]:
         """How steps are computed, and the error norm; a span of zero is one fixed step."""
         solver, method = self.solver, self.solver.tableau.coefficients
-        tolerance = tolerance_of(solver, x, self.f.batch_dims, self.controlled)
+        tolerance = tolerance_of(solver, x, f.batch_dims, self.controlled)
         if self.clock.start == self.clock.end:
             tolerance = None
         if not solver.compile:
-            return EagerStepper(self.f, method, tolerance), tolerance
-        tensors = [x, *self.parameters, *self.f.args, self.clock.t0, self.clock.t1]
+            return EagerStepper(f, method, tolerance), tolerance
+        tensors = [x, *self.parameters, *f.inputs, self.clock.t0, self.clock.t1]
         trainable = any(v is not None and v.requires_grad for v in tensors)
-        stepper = CompiledStepper(self.f, method, solver.method, tolerance, x, trainable=trainable)
+        stepper = CompiledStepper(f, method, solver.method, tolerance, x, trainable=trainable)
         return stepper, tolerance
 
 

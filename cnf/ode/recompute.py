@@ -22,15 +22,22 @@ class Recomputing:
     Its gradient is that of backpropagation, bit for bit the same steps.
 
     Args:
-        stepper: computes a step, now and again in backward.
-        parameters: tensors that require grad, other than the arguments of the right-hand side.
+        stepper: computes a step, now and again in backward, with inputs of the right-hand side
+            that are detached leaves.
+        inputs: the right-hand side with the inputs that carry a graph.
+        parameters: tensors that require grad, other than the inputs of the right-hand side.
         recorders: whom the backward pass tells its statistics.
     """
 
     def __init__(
-        self, stepper: Stepper, parameters: Sequence[Tensor], recorders: Recorders
+        self,
+        stepper: Stepper,
+        inputs: RightHandSide,
+        parameters: Sequence[Tensor],
+        recorders: Recorders,
     ) -> None:
         self.stepper = stepper
+        self.inputs = inputs
         self.f = stepper.f
         self.method = stepper.method
         self.parameters = parameters
@@ -61,13 +68,15 @@ class Recomputing:
         """The step, whose x and dq carry a gradient while its last derivative does not."""
         task = _StepTask(self, clock.values, t, t_next)
         task.first, task.q = first, q
-        own = (a for a in self.f.args if a is not None and a.requires_grad)
-        x, dq = _RecomputedStep.apply(task, x, clock.t0, clock.t1, *self.parameters, *own)
+        given = (*self.parameters, *self.inputs.trainable)
+        x, dq = _RecomputedStep.apply(task, x, clock.t0, clock.t1, *given)
         return task.release()._replace(x=x, dq=dq)
 
     def rows(self, index: Tensor) -> Recomputing:
         """The same stepper for some of the samples."""
-        other = Recomputing(self.stepper.rows(index), self.parameters, self.recorders)
+        other = Recomputing(
+            self.stepper.rows(index), self.inputs.rows(index), self.parameters, self.recorders
+        )
         other.own_stats = self.own_stats
         return other
 
@@ -130,7 +139,7 @@ class _RecomputedStep(torch.autograd.Function):
     def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward('gradient="checkpoint"')
         task: _StepTask = ctx.task
-        x, t0, t1, *parameters = ctx.saved_tensors
+        x, t0, t1, *_ = ctx.saved_tensors
         stats = task.stepper.backward_stats()
         stats.accepted += 1
         stepper = task.stepper.counting(stats)
@@ -140,7 +149,8 @@ class _RecomputedStep(torch.autograd.Function):
                 for v, need in zip((x, t0, t1), ctx.needs_input_grad[1:4], strict=True)
             )
             step = task.run(stepper, x, (t0, t1), None)
-            inputs = [x, t0, t1, *parameters]
+            leaves = task.stepper.f.trainable  # in the place of the inputs that carry a graph
+            inputs = [x, t0, t1, *task.stepper.parameters, *leaves]
             needed = [v for v, need in zip(inputs, ctx.needs_input_grad[1:], strict=True) if need]
             grads = iter(vjp([step.x, step.dq], needed, [gx, gq]))
         return (None, *(next(grads) if need else None for need in ctx.needs_input_grad[1:]))

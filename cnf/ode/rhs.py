@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from cnf.ode.stats import SolveStats
 
 __all__ = ["Derivative", "Function", "RightHandSide", "Watch", "evaluate"]
+
+T = TypeVar("T", bound="Tensor | None")
 
 Watch = Callable[[Tensor], AbstractContextManager[Any]]
 """What stands around the first evaluation of a solve."""
@@ -30,6 +33,7 @@ class RightHandSide:
     Args:
         f: the caller's function f(t, x, *args).
         args: tensors that belong to the samples, (*batch, ...), or None.
+        shared: tensors that belong to none of them, which f gets after the args.
         batch_dims: leading dimensions of x that index samples.
         stats: where evaluations are counted.
         per_sample: whether dq must have the shape (*batch, n) (the adjoint's own has not).
@@ -42,28 +46,44 @@ class RightHandSide:
         stats: SolveStats,
         *,
         args: Sequence[Tensor | None] = (),
+        shared: Sequence[Tensor] = (),
         per_sample: bool = True,
     ) -> None:
         self.f = f
         self.args = tuple(args)
+        self.shared = tuple(shared)
         self.batch_dims = batch_dims
         self.stats = stats
         self.per_sample = per_sample
         self.precision: Callable[[], AbstractContextManager[Any]] | None = None
         self.watch: Watch | None = None
 
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What f gets after t and x."""
+        return (*self.args, *self.shared)
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        """Those of the inputs that require grad."""
+        return [v for v in self.inputs if v is not None and v.requires_grad]
+
     def counting(self, stats: SolveStats) -> RightHandSide:
         """The same right-hand side, counted elsewhere, at the same precision."""
-        other = RightHandSide(
-            self.f, self.batch_dims, stats, args=self.args, per_sample=self.per_sample
-        )
-        other.precision = self.precision
+        other = copy.copy(self)
+        other.stats, other.watch = stats, None
+        return other
+
+    def detached(self) -> RightHandSide:
+        """The same with leaves in the place of inputs that require grad."""
+        other = copy.copy(self)
+        other.args = tuple(_leaf(v) for v in self.args)
+        other.shared = tuple(_leaf(v) for v in self.shared)
         return other
 
     def rows(self, index: Tensor) -> RightHandSide:
         """The same for the samples of an index (N,)."""
-        other = self.counting(self.stats)
-        other.watch = self.watch
+        other = copy.copy(self)
         other.args = tuple(a if a is None else a[index] for a in self.args)
         return other
 
@@ -86,7 +106,9 @@ class RightHandSide:
         self.stats.nfe += 1
         version = None if x.is_inference() else x._version
         with self.in_precision(x):
-            result = evaluate(self.f, t, x, self.args, self.batch_dims, self.per_sample)
+            result = evaluate(
+                self.f, t, x, self.args, self.shared, self.batch_dims, self.per_sample
+            )
         if version is not None and x._version != version:
             raise RuntimeError(
                 "the vector field modified its argument x in-place, which corrupts the solve; "
@@ -100,11 +122,12 @@ def evaluate(
     t: Tensor,
     x: Tensor,
     args: Sequence[Tensor | None],
+    shared: Sequence[Tensor],
     batch_dims: int,
     per_sample: bool = True,
 ) -> Derivative:
-    """f(t, x, *args) as (dx, dq), refused unless shapes, dtypes and devices are right."""
-    result = _with_own_times(f, t, x, args) if t.ndim else f(t, x, *args)
+    """f(t, x, *args, *shared) as (dx, dq), refused unless shapes, dtypes and devices are right."""
+    result = _with_own_times(f, t, x, args, shared) if t.ndim else f(t, x, *args, *shared)
     dx, dq = result if isinstance(result, tuple) else (result, None)
     dx = _like(dx, x, "dx")
     if dx.shape != x.shape:
@@ -124,16 +147,20 @@ def evaluate(
 
 
 def _with_own_times(
-    f: Function, t: Tensor, x: Tensor, args: Sequence[Tensor | None]
+    f: Function,
+    t: Tensor,
+    x: Tensor,
+    args: Sequence[Tensor | None],
+    shared: Sequence[Tensor],
 ) -> Tensor | Derivative:
     """f at one time a sample, t (B,): each sample as a batch of one, vectorised over samples."""
     own = getattr(f, "with_own_times", None)
     if own is not None:
-        result: Tensor | Derivative = own(t, x, *args)
+        result: Tensor | Derivative = own(t, x, *args, *shared)
         return result
 
     def single(t: Tensor, x: Tensor, *args: Tensor | None) -> Tensor | Derivative:
-        result = f(t, x[None], *(a if a is None else a[None] for a in args))
+        result = f(t, x[None], *(a if a is None else a[None] for a in args), *shared)
         if isinstance(result, tuple):
             dx, dq = result
             return dx[0] if dq is None else (dx[0], dq[0])
@@ -142,6 +169,12 @@ def _with_own_times(
     dims = (0, 0, *(None if a is None else 0 for a in args))
     mapped: Tensor | Derivative = torch.func.vmap(single, dims)(t, x, *args)
     return mapped
+
+
+def _leaf(v: T) -> T:
+    if isinstance(v, Tensor) and v.requires_grad:
+        return v.detach().requires_grad_()
+    return v
 
 
 def _precision(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:

@@ -207,13 +207,18 @@ class CNF(Transform):
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
         noise = divergence.sample_noise(x, choices.get("generator")) if log_det else None
+        dynamics = Dynamics(self.field, divergence if log_det else None)
+        # Through torchdiffeq's adjoint the gradient of constants would be counted twice.
+        constants = [] if isinstance(solver, TorchDiffEq) else dynamics.constants(x, noise)
+        of_samples, shared = ([], constants) if noise is None else (constants, [])
         try:
             solution = solve(
-                Dynamics(self.field, divergence if log_det else None),
+                dynamics,
                 x,
                 clock_of(*times, x),
                 solver,
-                args=(context, noise),
+                args=(context, noise, *of_samples),
+                shared=shared,
                 batch_dims=1,
                 controlled=1,
                 parameters=self.field.parameters() if isinstance(self.field, nn.Module) else (),

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnf.divergence import Divergence
+from cnf.divergence import BoundField, Divergence, Estimator
 from cnf.fields.base import Field
+from cnf.fields.closed_form import offers
 from cnf.ode.rhs import Derivative
 
 __all__ = ["Dynamics"]
 
 
 class Dynamics:
-    """(t, x, context, noise) -> f(t, x, context) and div f, for one solve.
+    """(t, x, context, noise, *constants) -> f(t, x, context) and div f, for one solve.
 
     It keeps the parameters of the moment: a backward pass that evaluates the field again must use
     them even if `torch.func.functional_call` has taken them out of the module since.
@@ -24,42 +26,98 @@ class Dynamics:
     Args:
         field: f(t, x) or f(t, x, context).
         divergence: how div f is computed; None for values only.
+        each: whether the estimate of each probe stands behind the divergence.
     """
 
-    def __init__(self, field: Field, divergence: Divergence | None) -> None:
+    def __init__(self, field: Field, divergence: Divergence | None, *, each: bool = False) -> None:
         self.field = field
         self.divergence = divergence
+        self.each = each
         self.bound = _BoundField(field)
+        self.layout: Any = None  # of the constants, None where each evaluation computes its own
 
     @property
     def identity(self) -> tuple[Any, Hashable]:
         """The field, and what else its compiled steps depend on."""
         field = self.field if isinstance(self.field, nn.Module) else _code(self.field)
-        return field, self.divergence
+        return field, (self.divergence, self.each)
 
     @property
     def replaced(self) -> bool:
         """Whether the field holds other tensors than those of the moment."""
         return self.bound.replaced()
 
-    def __call__(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None, noise: Tensor | None = None
-    ) -> Derivative:
-        """dx (B, *event) and the divergence (B, 1), or None."""
+    def constants(self, x: Tensor, noise: Tensor | None) -> list[Tensor]:
+        """What does not change in this solve, to be handed to every evaluation."""
         if self.divergence is None:
-            return self.bound(t, x, context), None
-        dx, div = self.divergence(self.bound, t, x, context, noise)
-        return dx, div.unsqueeze(-1)
+            return []
+        found: list[Tensor] = []
+        self.layout = _flattened(self.divergence.constants(self.bound, x, noise), found)
+        return found
+
+    def __call__(
+        self,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        *constants: Tensor,
+    ) -> Derivative:
+        """dx (B, *event) and the divergence (B, 1), with the probes' estimates (B, k) or None."""
+        return self._evaluate(self.bound, t, x, context, noise, constants)
 
     def with_own_times(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None, noise: Tensor | None = None
+        self,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        *constants: Tensor,
     ) -> Derivative:
         """The same at one time a sample, t (B,)."""
-        field = _EachInTime(self.bound)
+        field = _EachInTime(self.bound, constants_too=noise is not None)
+        return self._evaluate(field, t, x, context, noise, constants)
+
+    def _evaluate(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        noise: Tensor | None,
+        constants: tuple[Tensor, ...],
+    ) -> Derivative:
         if self.divergence is None:
             return field(t, x, context), None
-        dx, div = self.divergence(field, t, x, context, noise)
-        return dx, div.unsqueeze(-1)
+        given = None if self.layout is None else _arranged(self.layout, iter(constants))
+        if not (self.each and isinstance(self.divergence, Estimator)):
+            dx, div = self.divergence(field, t, x, context, noise, given)
+            return dx, div.unsqueeze(-1)
+        dx, each = self.divergence.estimates(field, t, x, context, noise, given)
+        return dx, torch.cat((each.mean(1, keepdim=True), each), 1)
+
+
+def _flattened(constants: Any, found: list[Tensor]) -> Any:
+    """The layout of a tree of tuples, whose tensors go to a list."""
+    if isinstance(constants, Tensor):
+        found.append(constants)
+        return None
+    return tuple(_flattened(part, found) for part in constants)
+
+
+def _arranged(layout: Any, tensors: Iterator[Tensor]) -> Any:
+    """The tree of a layout."""
+    if layout is None:
+        return next(tensors)
+    return tuple(_arranged(part, tensors) for part in layout)
+
+
+_CLOSED_FORMS = (
+    "divergence_constants",
+    "with_divergence",
+    "quadratic_form_constants",
+    "with_quadratic_form",
+)
 
 
 class _BoundField:
@@ -67,8 +125,11 @@ class _BoundField:
 
     def __init__(self, field: Field) -> None:
         self.field = field
-        if hasattr(field, "with_divergence"):
-            self.with_divergence = field.with_divergence
+        self.closed_form = offers(field, "closed_form")
+        self.closed_quadratic_form = offers(field, "closed_quadratic_form")
+        for name in _CLOSED_FORMS:
+            if hasattr(field, name):
+                setattr(self, name, partial(self._call, name))
         self.tensors: dict[str, Tensor] = {}
         self.homes: list[tuple[Mapping[str, Tensor | None], str, Tensor]] = []
         if isinstance(field, nn.Module):
@@ -83,46 +144,79 @@ class _BoundField:
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         arguments = (t, x) if context is None else (t, x, context)
+        result: Tensor = self._call("__call__", *arguments)
+        return result
+
+    def _call(self, method: str, *arguments: Any) -> Any:
         replaced = not torch.compiler.is_compiling() and self.replaced()
         if replaced and isinstance(self.field, nn.Module):
-            result: Tensor = torch.func.functional_call(self.field, self.tensors, arguments)
-            return result
-        return self.field(*arguments)
+            tensors = {f"field.{name}": tensor for name, tensor in self.tensors.items()}
+            return torch.func.functional_call(_Caller(self.field), tensors, (method, *arguments))
+        if method == "__call__":
+            return self.field(*arguments)
+        return getattr(self.field, method)(*arguments)
 
     def replaced(self) -> bool:
         """Whether the module holds other parameters than those of the moment."""
         return any(home.get(name) is not p for home, name, p in self.homes)
 
 
+class _Caller(nn.Module):
+    """Any method of a module as the forward of another, which `functional_call` asks for."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.field, method)(*arguments)
+
+
 class _EachInTime:
     """A field of one time a sample: each sample as a batch of one, vectorised over samples."""
 
-    def __init__(self, field: _BoundField) -> None:
+    def __init__(self, field: _BoundField, *, constants_too: bool) -> None:
         self.field = field
-        if hasattr(field, "with_divergence"):
-            self.with_divergence = self._with_divergence
+        self.constants_too = constants_too  # whether they belong to samples
+        self.closed_form = field.closed_form
+        self.closed_quadratic_form = field.closed_quadratic_form
+        for name in _CLOSED_FORMS:
+            if hasattr(field, name):
+                setattr(self, name, getattr(field, name))
+        for name in ("with_divergence", "with_quadratic_form"):
+            if hasattr(field, name):
+                setattr(self, name, partial(self._with_form, name))
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         return _mapped(lambda *arguments: self.field(*arguments)[0], t, x, context)
 
-    def _with_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None
+    def _with_form(
+        self, method: str, t: Tensor, x: Tensor, context: Tensor | None, *constants: Any
     ) -> tuple[Tensor, Tensor]:
-        def single(*arguments: Any) -> tuple[Tensor, Tensor]:
-            dx, div = self.field.with_divergence(*arguments)
-            return dx[0], div[0]
+        own: list[Tensor] = []
+        layout = _flattened(constants, own) if self.constants_too else None
 
-        return _mapped(single, t, x, context)
+        def single(t: Tensor, x: Tensor, context: Tensor | None, *own: Tensor) -> Any:
+            given = constants
+            if self.constants_too:
+                given = _arranged(layout, iter([c[None] for c in own]))
+            dx, form = getattr(self.field, method)(t, x, context, *given)
+            return dx[0], form[0]
+
+        return _mapped(single, t, x, context, *own)
 
 
-def _mapped(f: Callable[..., Any], t: Tensor, x: Tensor, context: Tensor | None) -> Any:
-    """f(t, x, context) of each sample as a batch of one."""
+def _mapped(
+    f: Callable[..., Any], t: Tensor, x: Tensor, context: Tensor | None, *own: Tensor
+) -> Any:
+    """f(t, x, context, *own) of each sample, x and context as batches of one."""
 
-    def single(t: Tensor, x: Tensor, context: Tensor | None) -> Any:
-        return f(t, x[None], None if context is None else context[None])
+    def single(t: Tensor, x: Tensor, context: Tensor | None, *own: Tensor) -> Any:
+        return f(t, x[None], None if context is None else context[None], *own)
 
+    dims = (0, 0, None if context is None else 0, *(0 for _ in own))
     try:
-        return torch.func.vmap(single, (0, 0, None if context is None else 0))(t, x, context)
+        return torch.func.vmap(single, dims)(t, x, context, *own)
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise

@@ -363,12 +363,16 @@ def test_backprop_reaches_an_undeclared_tensor():
 
 
 @pytest.mark.parametrize("gradient", RECOMPUTING)
-def test_a_context_made_of_the_fields_own_parameter_is_refused(gradient):
-    flow = flow_of(method="rk4")
-    context = flow.field.layers[0].gate.bias[:2].expand(4, 2)  # its gradient would count twice
-    flow.inverse_and_log_det(normal(4, 3), context)
-    with pytest.raises(ValueError, match=r"computed from a parameter.*gradient='backprop'"):
-        flow.inverse_and_log_det(normal(4, 3), context, solver=Solver(gradient=gradient))
+def test_a_context_made_of_the_fields_own_parameter(gradient):
+    """Its gradient comes both through the context and through the field, once each."""
+    flow, x = flow_of(method="rk4"), normal(4, 3)
+    grads = []
+    for mode in ("backprop", gradient):
+        context = flow.field.layers[0].gate.bias[:2].expand(4, 2)
+        solver = Solver("rk4", steps=100, gradient=mode)
+        loss = loss_of(*flow.inverse_and_log_det(x, context, solver=solver))
+        grads.append(torch.autograd.grad(loss, list(flow.parameters())))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-8)
 
 
 def test_the_first_derivative_is_detached():

@@ -311,7 +311,7 @@ def test_noise_is_drawn_once_a_solve():
             self.drawn += 1
             return cnf.Hutchinson().sample_noise(x, generator)
 
-        def __call__(self, field, t, x, context, noise):
+        def __call__(self, field, t, x, context, noise, constants):
             self.seen.append(noise)
             return cnf.Hutchinson()(field, t, x, context, noise)
 
