@@ -26,7 +26,16 @@ from cnf.audit import check
 from cnf.base import StandardNormal
 from cnf.divergence import Divergence, Exact, HutchPlusPlus, Hutchinson
 from cnf.errors import CheckpointError, SolverError, TrainingError
-from cnf.fields import ConcatSquashField, LinearField, MLPField, SumField, VectorField
+from cnf.fields import (
+    ConcatSquashField,
+    ConvField,
+    HollowField,
+    LinearField,
+    MLPField,
+    PotentialField,
+    SumField,
+    VectorField,
+)
 from cnf.flow import Flow
 from cnf.models import FFJORD
 from cnf.objectives import MaximumLikelihood
@@ -41,15 +50,18 @@ __all__ = [
     "CheckpointError",
     "Compose",
     "ConcatSquashField",
+    "ConvField",
     "Divergence",
     "Exact",
     "Flow",
+    "HollowField",
     "HutchPlusPlus",
     "Hutchinson",
     "Inverse",
     "LinearField",
     "MLPField",
     "MaximumLikelihood",
+    "PotentialField",
     "Solver",
     "SolverError",
     "StandardNormal",

@@ -104,6 +104,18 @@ class Estimator(Divergence):
 
     probes: int
 
+    def check_standard_error(self) -> None:
+        """Refuse to tell a standard error from too few probes, or from dependent ones.
+
+        Raises:
+            ValueError: fewer than two probes.
+        """
+        if self.probes < 2:
+            raise ValueError(
+                f"a standard error takes at least two probes, got probes={self.probes}; "
+                f"use {type(self).__name__}(probes=16)"
+            )
+
     @abstractmethod
     def estimates(
         self,
@@ -249,6 +261,19 @@ class Hutchinson(Estimator):
         check_choice("noise", self.noise, ("rademacher", "gaussian", "orthogonal"))
         check_count("probes", self.probes)
 
+    def check_standard_error(self) -> None:
+        """Refuse to tell a standard error from too few probes, or from orthogonal ones.
+
+        Raises:
+            ValueError: fewer than two probes, or orthogonal ones.
+        """
+        super().check_standard_error()
+        if self.noise == "orthogonal":
+            raise ValueError(
+                "orthogonal probes are not independent, so their spread is not that of their mean; "
+                "use noise='rademacher' for a standard error"
+            )
+
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes (B, k, *event)."""
         return _draw(self.noise, x, self.probes, generator)
@@ -345,8 +370,8 @@ class HutchPlusPlus(Estimator):
             seen = rows(sketch)
             # A part of the sketch itself: any Q will do, but the derivative of `qr` needs full rank.
             size = seen.norm(dim=(1, 2), keepdim=True) / sketch.norm(dim=(1, 2), keepdim=True)
-            tiny = torch.finfo(x.dtype).tiny ** 0.5
-            seen = seen + (1e-3 * size.detach() + tiny) * sketch
+            info = torch.finfo(x.dtype)
+            seen = seen + (info.eps**0.5 * size.detach() + info.tiny**0.5) * sketch
             q = torch.linalg.qr(seen.mT).Q.mT  # (B, r, D), orthonormal rows
             rest = probes - probes @ q.mT @ q
             both = torch.cat((q, rest), 1)

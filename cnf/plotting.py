@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["animate_path", "log_density_grid", "plot_flow", "plot_path", "plot_table", "truncate"]
+    from cnf.comparison import TraceComparison
+
+__all__ = [
+    "animate_path",
+    "log_density_grid",
+    "plot_flow",
+    "plot_path",
+    "plot_table",
+    "plot_trace",
+    "truncate",
+]
 
 Extent = tuple[float, float, float, float]
 """(left, right, bottom, top) of the plane."""
@@ -267,3 +277,36 @@ def _histogram(ax: Axes, x: Tensor, extent: Extent, title: str) -> None:
     limits = [[left, right], [bottom, top]]
     ax.hist2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=120, range=limits, cmap="magma")
     ax.set(xticks=[], yticks=[], title=title, aspect="equal")
+
+
+def plot_trace(comparison: TraceComparison) -> Figure:
+    """The noise of log p against its time: a point for each estimator, a line for what has none.
+
+    Args:
+        comparison: from `compare_trace`; rows that were not timed are left out.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    timed = [row for row in comparison.rows if row.seconds > 0]
+    slowest = max((row.seconds for row in timed), default=1.0)
+    for i, row in enumerate(timed):
+        ms, colour = 1e3 * row.seconds, f"C{i}"
+        if row.std > 0:
+            ax.scatter(ms, row.std, color=colour, zorder=3, label=row.name)
+            left, low = row.seconds > slowest / 2, i % 2  # beside the others' labels
+            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+            style |= {"xytext": (-6 if left else 6, -8 if low else 4)}
+            ax.annotate(row.name, (ms, row.std), ha="right" if left else "left", **style)
+        elif row.std == 0:
+            ax.axvline(ms, color=colour, linestyle="--", label=row.name)
+            style = {"rotation": 90, "va": "top", "ha": "right", "fontsize": 8, "color": colour}
+            ax.text(ms, 0.98, f"{row.name} ", transform=ax.get_xaxis_transform(), **style)
+    ax.set(xscale="log", xlabel="time of a log-likelihood (ms)")
+    ax.set_ylabel("standard deviation of log p by the noise (nats)")
+    if any(row.std > 0 for row in timed):
+        ax.set_yscale("log")
+    ax.margins(0.2)
+    ax.grid(visible=True, alpha=0.3)
+    return figure

@@ -167,8 +167,9 @@ def _sigmoid_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
     return h, h * (1 - h)
 
 
-def _softplus_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
-    return s(a), torch.sigmoid(s.beta * a)  # type: ignore[operator]
+def _softplus_rule(s: nn.Softplus, a: Tensor) -> tuple[Tensor, Tensor]:
+    slope = torch.sigmoid(s.beta * a)
+    return s(a), torch.where(s.beta * a > s.threshold, torch.ones_like(slope), slope)
 
 
 def _silu_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ def _silu_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
     return h, p + h * (1 - p)
 
 
-def _gelu_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_rule(s: nn.GELU, a: Tensor) -> tuple[Tensor, Tensor]:
     if s.approximate == "tanh":
         c, k = math.sqrt(2 / math.pi), 0.044715
         u = torch.tanh(c * (a + k * a**3))
@@ -186,8 +187,8 @@ def _gelu_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
     return a * normal, normal + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
 
 
-def _elu_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
-    below = s.alpha * torch.exp(a.clamp(max=0))  # type: ignore[operator]
+def _elu_rule(s: nn.ELU, a: Tensor) -> tuple[Tensor, Tensor]:
+    below = s.alpha * torch.exp(a.clamp(max=0))
     return s(a), torch.where(a > 0, torch.ones_like(a), below)
 
 

@@ -34,14 +34,15 @@ class VectorField(nn.Module):
 
     1. `with_divergence(t, x, context, constants) -> (dx (B, *event), div (B,))`;
     2. `divergence_constants()` returns what of it depends on parameters alone, a tuple of tensors
-       (or of such tuples): computed once a solve, it reaches `with_divergence` as `constants`, and gets its gradient.
-       Without this method `with_divergence` takes three arguments;
+       (or of such tuples): computed once a solve, it reaches `with_divergence` as `constants`, and
+       gets its gradient. Without this method `with_divergence` takes three arguments;
     3. `closed_form`, an attribute: False for a field that has none as it was built.
 
-    `Exact` then uses it, and `cnf.check` compares it with differences. A closed form of Hutchinson's
-    estimate goes the same way: `with_quadratic_form(t, x, context, constants) -> (dx, e^T J e (B, k))`
-    with `quadratic_form_constants(probes (B, k, *event))`, tensors (B, ...), and
-    `closed_quadratic_form`.
+    `Exact` then uses it, and `cnf.check` compares it with differences. A closed form of
+    Hutchinson's estimate goes the same way: `with_quadratic_form(t, x, context, constants) ->
+    (dx, e^T J e (B, k))`, `quadratic_form_constants(probes (B, k, *event))`, tensors (B, ...), and
+    `closed_quadratic_form`. A subclass of `VectorField` writes `derivative_and_divergence` and
+    `derivative_and_quadratic_form`, of flat x (B, D).
 
     Attributes:
         event_shape: shape of one sample.
@@ -84,10 +85,25 @@ class VectorField(nn.Module):
             constants: from `divergence_constants()`; None computes them.
         """
         self._check(x, context)
-        constants = self.divergence_constants() if constants is None else constants
+        if constants is None:
+            self.check_closed_form()
+            constants = self.divergence_constants()
         flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
         dx, div = self.derivative_and_divergence(t, flat, context, constants)
         return dx.reshape(x.shape), div
+
+    def check_closed_form(self) -> None:
+        """Refuse to use a closed form that there is not.
+
+        Raises:
+            TypeError: this field has none.
+        """
+        if not self.closed_form:
+            raise TypeError(
+                f"this {type(self).__name__} has no closed form of its divergence: that takes at "
+                "most two hidden layers, as they were built, with activations of known slopes; "
+                "use cnf.Exact(), which then takes products with the Jacobian"
+            )
 
     def derivative_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import cast
@@ -14,6 +13,7 @@ from cnf.fields.activations import activation as make_activation
 from cnf.fields.activations import has_slope, value_and_slope
 from cnf.fields.base import Constants, VectorField, check_sizes
 from cnf.fields.closed_form import is_linear
+from cnf.fields.time import check_frequencies, time_features
 from cnf.fields.trace import probe_ends, quadratic_form, trace, trace_matrix
 
 __all__ = ["MLPField"]
@@ -70,8 +70,7 @@ class MLPField(VectorField):
     ) -> None:
         super().__init__(features, context)
         check_sizes("hidden", hidden)
-        if isinstance(frequencies, bool) or not isinstance(frequencies, int) or frequencies < 0:
-            raise ValueError(f"frequencies={frequencies!r} must be a number, 0 for t alone")
+        check_frequencies(frequencies)
         self.frequencies = frequencies
         times = 1 + 2 * frequencies
         self.inputs = [self.dims, times, *([context] if context else [])]
@@ -139,7 +138,7 @@ class MLPField(VectorField):
         apply: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, list[Tensor]]:
         """The last hidden layer (B, H), and the slopes of all, gated, where `apply` gives them."""
-        tau = self._time_features(t)
+        tau = time_features(t, self.frequencies)
         layers, activations = self.network[::2], self.network[1::2]
         h, slopes = self._first(tau, x, context), []
         for i, activation in enumerate(activations):
@@ -167,10 +166,3 @@ class MLPField(VectorField):
         """sigmoid(G_l [tau, c] + v_l), (H,), or (B, H) with context."""
         s = tau if context is None else torch.cat((tau.expand(len(context), -1), context), 1)
         return torch.sigmoid(self.gates[i](s))
-
-    def _time_features(self, t: Tensor) -> Tensor:
-        if not self.frequencies:
-            return t.reshape(1)
-        k = torch.arange(1, self.frequencies + 1, dtype=t.dtype, device=t.device)
-        angle = math.pi * k * t
-        return torch.cat((t.reshape(1), angle.sin(), angle.cos()))  # (T,)

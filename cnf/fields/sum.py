@@ -78,7 +78,9 @@ class SumField(VectorField):
     ) -> tuple[Tensor, Tensor]:
         """dx/dt (B, *event) and its divergence (B,)."""
         self._check(x, context)
-        constants = self.divergence_constants() if constants is None else constants
+        if constants is None:
+            self.check_closed_form()
+            constants = self.divergence_constants()
         pairs = [
             field.with_divergence(t, x, context if field.context else None, own)
             for field, own in zip(self._each(), constants, strict=True)

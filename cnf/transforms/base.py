@@ -19,11 +19,19 @@ __all__ = ["Choices", "Compose", "Inverse", "Transform"]
 
 
 class Choices(TypedDict, total=False):
-    """What one call may choose anew for every `CNF` it reaches; absent means as built."""
+    """What one call may choose anew for every `CNF` it reaches; absent means as built.
+
+    Attributes:
+        divergence: how div f is computed.
+        solver: the choices of the solve.
+        generator: source of the estimator's noise.
+        variances: a list to which every estimated log-determinant adds its variance (*batch,).
+    """
 
     divergence: str | Divergence
     solver: Solver | TorchDiffEq
     generator: torch.Generator
+    variances: list[Tensor]
 
 
 class Transform(nn.Module, ABC):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cnf.divergence import Divergence, as_divergence
+from cnf.divergence import Divergence, Estimator, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
@@ -192,7 +192,10 @@ class CNF(Transform):
             context = context.clone()  # the caller may reuse its memory before backward
         flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
         end, log_dets = self._integrate(flat, context, times, choices, log_det=log_det)
-        return end.reshape(x.shape), log_dets.reshape(batch)
+        if "variances" in choices and log_dets.shape[1] > 1:
+            by_probe = log_dets[:, 1:]
+            choices["variances"].append((by_probe.var(1) / by_probe.shape[1]).reshape(batch))
+        return end.reshape(x.shape), log_dets[:, 0].reshape(batch)
 
     def _integrate(
         self,
@@ -203,11 +206,15 @@ class CNF(Transform):
         *,
         log_det: bool,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, *event) carried through times, and its log-determinant (B,), zero if not asked."""
+        """x (B, *event) carried through times, and its log-determinant, zero if not asked.
+
+        (B, 1); or (B, 1 + k), behind it those of each probe, where variances are asked for.
+        """
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
         noise = divergence.sample_noise(x, choices.get("generator")) if log_det else None
-        dynamics = Dynamics(self.field, divergence if log_det else None)
+        each = log_det and "variances" in choices and _in_probes(divergence, noise)
+        dynamics = Dynamics(self.field, divergence if log_det else None, each=each)
         # Through torchdiffeq's adjoint the gradient of constants would be counted twice.
         constants = [] if isinstance(solver, TorchDiffEq) else dynamics.constants(x, noise)
         of_samples, shared = ([], constants) if noise is None else (constants, [])
@@ -226,7 +233,7 @@ class CNF(Transform):
         except SolverError as error:
             raise self._explained(error) from error.__cause__
         log_dets = solution.quadratures
-        return solution.x, x.new_zeros(len(x)) if log_dets is None else log_dets.squeeze(-1)
+        return solution.x, x.new_zeros(len(x), 1) if log_dets is None else log_dets
 
     def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
         """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
@@ -284,6 +291,23 @@ class CNF(Transform):
             if error.status == "non_finite_field" and not parameter.isfinite().all():
                 return error.explained(f"The parameter {name} is not finite.")
         return error
+
+
+def _in_probes(divergence: Divergence, noise: Tensor | None) -> bool:
+    """Whether there is a standard error to be had, and not none because all is exact.
+
+    Raises:
+        ValueError: it is estimated, but the estimates tell no standard error.
+    """
+    if noise is None:
+        return False
+    if not isinstance(divergence, Estimator):
+        raise ValueError(
+            f"return_stderr=True needs a divergence that is exact or an Estimator, got "
+            f"{type(divergence).__name__}; use cnf.Hutchinson(probes=16)"
+        )
+    divergence.check_standard_error()
+    return True
 
 
 def _part_of(solver: Solver | TorchDiffEq, fraction: float) -> Solver | TorchDiffEq:

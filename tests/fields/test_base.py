@@ -19,7 +19,9 @@ from cnf.fields.base import VectorField, context_use
 FIELDS = {
     "mlp": cnf.MLPField,
     "mlp without frequencies": partial(cnf.MLPField, frequencies=0),
+    "mlp with gates": partial(cnf.MLPField, gates=True),
     "concatsquash": cnf.ConcatSquashField,
+    "hollow": cnf.HollowField,
 }
 SHAPES = {"vector": (3,), "image": (2, 3, 2), "one": (1,)}
 

@@ -78,7 +78,7 @@ KINDS = [
     Kind("cnf-one-dimension", lambda: mlp(1), event=(1,)),
     Kind("cnf-checkpoint", lambda: mlp(3, solver=cnf.Solver(gradient="checkpoint"))),
     Kind("cnf-adjoint", lambda: mlp(3, solver=cnf.Solver(gradient="adjoint"))),
-    Kind("cnf-torchdiffeq", lambda: mlp(3, solver=cnf.TorchDiffEq())),
+    Kind("cnf-torchdiffeq", lambda: mlp(3, solver=cnf.TorchDiffEq(rtol=1e-6, atol=1e-6))),
     Kind("compose", lambda: cnf.Compose(mlp(3), squash(3))),
     Kind("inverse", lambda: cnf.Inverse(mlp(3))),
     Kind(
