@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from cnf.audit import check
 from cnf.base import StandardNormal
-from cnf.divergence import Divergence, Exact, HutchPlusPlus, Hutchinson
+from cnf.divergence import Divergence, Exact, Hutchinson, HutchPlusPlus
 from cnf.errors import CheckpointError, SolverError, TrainingError
 from cnf.fields import (
     ConcatSquashField,

@@ -59,7 +59,7 @@ class Divergence(ABC):
         return None
 
     def constants(self, field: BoundField, x: Tensor, noise: Tensor | None) -> Constants:
-        """What does not change in a solve: tensors (B, ...) where there is noise, else of any shape.
+        """What does not change in a solve: tensors, (B, ...) where there is noise.
 
         Args:
             field: the vector field.
@@ -330,7 +330,8 @@ class HutchPlusPlus(Estimator):
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> estimate = HutchPlusPlus(rank=1, probes=1)
         >>> noise = estimate.sample_noise(x)
-        >>> estimate(lambda t, x, c: x.sum(1, keepdim=True) * x, torch.tensor(0.0), x, None, noise)[1].shape
+        >>> dx, div = estimate(lambda t, x, c: x.sin(), torch.tensor(0.0), x, None, noise)
+        >>> div.shape
         torch.Size([1])
     """
 
@@ -368,7 +369,7 @@ class HutchPlusPlus(Estimator):
                 return torch.stack([row.flatten(1) for row in products(batch)], 1)
 
             seen = rows(sketch)
-            # A part of the sketch itself: any Q will do, but the derivative of `qr` needs full rank.
+            # A part of the sketch itself: any Q will do, but the derivative of QR needs full rank.
             size = seen.norm(dim=(1, 2), keepdim=True) / sketch.norm(dim=(1, 2), keepdim=True)
             info = torch.finfo(x.dtype)
             seen = seen + (info.eps**0.5 * size.detach() + info.tiny**0.5) * sketch

@@ -31,7 +31,9 @@ class FFJORD(Flow):
         hidden: widths of the hidden layers of each field.
         blocks: number of CNF blocks, one after the other.
         context: number of context features, 0 for none.
-        divergence: "hutchinson" (FFJORD's estimator), "exact", or a `Divergence`.
+        divergence: "exact", "hutchinson" (FFJORD's estimator), or a `Divergence`; None for the
+            exact one where the field has a closed form (`MLPField` with one or two hidden layers),
+            which costs no more than the estimate, and Hutchinson's elsewhere.
         solver: the choices of the solve; None for `Solver()`.
         field: what makes a field, called as field(features, hidden, context=..., **options):
             `MLPField`, `ConcatSquashField`, or your own.
@@ -62,7 +64,7 @@ class FFJORD(Flow):
         *,
         blocks: int = 1,
         context: int = 0,
-        divergence: str | Divergence = "hutchinson",
+        divergence: str | Divergence | None = None,
         solver: Solver | TorchDiffEq | None = None,
         field: Callable[..., nn.Module] = MLPField,
         base: Base | Distribution | None = None,

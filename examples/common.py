@@ -20,7 +20,12 @@ from cnf.training import FitResult, fit, load_weights
 
 UNRELATED = ("out", "resume", "test_size", "threads")  # flags that do not change the training
 ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
-FIELDS = {"mlp": cnf.MLPField, "concatsquash": cnf.ConcatSquashField}
+FIELDS = {
+    "mlp": cnf.MLPField,
+    "concatsquash": cnf.ConcatSquashField,
+    "potential": cnf.PotentialField,
+    "hollow": cnf.HollowField,
+}
 REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
 
 
@@ -36,7 +41,12 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument("--field", choices=FIELDS, default="mlp", help="network of the vector field")
     p.add_argument("--hidden", type=int, nargs="+", help="widths of its hidden layers")
     p.add_argument("--blocks", type=int, default=1, help="CNF blocks, one after the other")
-    p.add_argument("--trace", choices=["exact", "hutchinson"], help="trace in training")
+    p.add_argument(
+        "--trace",
+        choices=["auto", "exact", "hutchinson"],
+        default="auto",
+        help="trace in training; auto is exact where the network has a closed form of it",
+    )
     p.add_argument("--method", choices=METHODS, default="dopri5", help="solver in training")
     p.add_argument("--solver-steps", type=int, default=20, help="steps of a fixed-step method")
     p.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance in training")
@@ -122,7 +132,7 @@ def build(args: argparse.Namespace, features: int) -> cnf.FFJORD:
         features,
         args.hidden,
         blocks=args.blocks,
-        divergence=args.trace,
+        divergence=None if args.trace == "auto" else args.trace,
         solver=flow_solver(args),
         field=FIELDS[args.field],
     )

@@ -29,9 +29,7 @@ from cnf.training import FitResult
 
 def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
-    flags = parser(
-        __doc__, steps=1000, batch_size=512, lr=1e-2, hidden=[64, 64], trace="exact", ema_decay=0.99
-    )
+    flags = parser(__doc__, steps=1000, batch_size=512, lr=1e-2, hidden=[64, 64], ema_decay=0.99)
     flags.add_argument(
         "--data", default="8gaussians", help=f"{', '.join(TOY_NAMES)}, or a picture file"
     )

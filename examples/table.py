@@ -2,7 +2,7 @@
 
 python examples/table.py                                # a table inside scikit-learn
 python examples/table.py --data FILE                    # .csv, .txt, .npy, .npz
-python examples/table.py --data FILE --trace exact
+python examples/table.py --data FILE --trace hutchinson
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def main() -> int:
         batch_size=500,
         lr=3e-3,
         hidden=[64, 64],
-        trace="hutchinson",
         ema_decay=0.995,
     )
     flags.add_argument(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cnf
-from cnf import Exact, HutchPlusPlus, Hutchinson
+from cnf import Exact, Hutchinson, HutchPlusPlus
 
 DRAWS = 100_000
 D = 6
@@ -82,7 +82,7 @@ def low_rank(dims=24):
 
 
 def test_hutch_plus_plus_beats_hutchinson_where_few_directions_dominate():
-    """At equal products, 2 r + k: the variance is far below; it is no better for an orthogonal A."""
+    """At equal products, 2 r + k: the variance is far below."""
     a = low_rank()
     ours, theirs = draws(HutchPlusPlus(4, 4), a, 4000), draws(Hutchinson(probes=12), a, 4000)
     assert ours.var() < 0.01 * theirs.var()

@@ -170,7 +170,7 @@ def test_context_conditions_each_sample_alone() -> None:
 
 def nested() -> cnf.Flow:
     def block() -> cnf.CNF:
-        return cnf.CNF(cnf.MLPField(2, (8,)))
+        return cnf.CNF(cnf.MLPField(2, (8,)), "hutchinson")
 
     inner = cnf.Compose(block(), cnf.Inverse(block()))
     return cnf.Flow(cnf.StandardNormal(2), cnf.Compose(block(), cnf.Inverse(inner)))

@@ -16,9 +16,16 @@ def test_the_defaults() -> None:
     assert isinstance(flow.base, cnf.StandardNormal)
     assert isinstance(flow.transform, cnf.CNF)
     assert isinstance(flow.transform.field, cnf.MLPField)
-    assert flow.transform.divergence == cnf.Hutchinson()
+    assert flow.transform.divergence == cnf.Exact()  # in closed form
     assert flow.transform.solver == cnf.Solver()
     assert flow.event_shape == (3,)
+
+
+def test_the_trace_is_exact_where_it_costs_no_more() -> None:
+    deep = cnf.FFJORD(3, (8, 8, 8))
+    assert deep.transform.divergence == cnf.Hutchinson()
+    assert cnf.CNF(lambda t, x: -x).divergence == cnf.Hutchinson()
+    assert cnf.FFJORD(3, (8,), divergence="hutchinson").transform.divergence == cnf.Hutchinson()
 
 
 @pytest.mark.parametrize("features", [1, 3, (3,), (2, 1), (3, 4, 4)], ids=str)

@@ -160,7 +160,30 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     ),
     "Inverse": (lambda: cnf.Inverse(flow().transform), lambda f: f.forward_and_log_det(x)[1]),
     "ConcatSquashField": (lambda: cnf.ConcatSquashField(2), lambda f: f(torch.tensor(0.5), x)),
-    "MLPField": (lambda: cnf.MLPField(2), lambda f: f(torch.tensor(0.5), x)),
+    "ConvField": (
+        lambda: cnf.ConvField((1, 5, 2), (3, 3)),
+        lambda f: f.with_divergence(torch.tensor(0.5), x.reshape(-1, 1, 5, 2))[1],
+    ),
+    "HollowField": (
+        lambda: cnf.HollowField(2),
+        lambda f: f.with_divergence(torch.tensor(0.5), x)[1],
+    ),
+    "LinearField": (
+        lambda: cnf.LinearField(2),
+        lambda f: f.with_divergence(torch.tensor(0.5), x)[1],
+    ),
+    "MLPField": (
+        lambda: cnf.MLPField(2, gates=True),
+        lambda f: f.with_divergence(torch.tensor(0.5), x)[1],
+    ),
+    "PotentialField": (
+        lambda: cnf.PotentialField(2),
+        lambda f: f.with_divergence(torch.tensor(0.5), x)[1],
+    ),
+    "SumField": (
+        lambda: cnf.SumField(cnf.LinearField(2), cnf.MLPField(2)),
+        lambda f: f.with_divergence(torch.tensor(0.5), x)[1],
+    ),
     "FFJORD": (flow, lambda f: f.log_prob(x)),
     "Flow": (
         lambda: cnf.Flow(cnf.StandardNormal(2), flow().transform),
@@ -169,6 +192,10 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     "MaximumLikelihood": (lambda: cnf.MaximumLikelihood(flow()), lambda f: f(x)),
     "StandardNormal": (lambda: cnf.StandardNormal(2), lambda f: f.log_prob(x)),
     "Exact": (lambda: cnf.Exact(3), lambda d: CUBIC.log_prob(x, divergence=d)),
+    "HutchPlusPlus": (
+        lambda: cnf.HutchPlusPlus(1, 3),
+        lambda d: CUBIC.log_prob(x, divergence=d, generator=torch.Generator().manual_seed(0)),
+    ),
     "Hutchinson": (
         lambda: cnf.Hutchinson("gaussian", 3),
         lambda d: CUBIC.log_prob(x, divergence=d, generator=torch.Generator().manual_seed(0)),
@@ -180,7 +207,7 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     ),
 }
 CUBIC = flow()
-VALUES = ("Exact", "Hutchinson", "Solver", "TorchDiffEq")
+VALUES = ("Exact", "HutchPlusPlus", "Hutchinson", "Solver", "TorchDiffEq")
 INTERFACES = {"Divergence", "Transform", "VectorField"}
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
 

@@ -116,12 +116,12 @@ class _TanhBySigmoid(torch.autograd.Function):
         ctx.save_for_forward(output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(g, h)  # type: ignore[no-any-return]
+        return torch.ops.aten.tanh_backward(g, h)
 
     @staticmethod
-    def jvp(ctx: Any, da: Tensor) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, da: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         return da * (1 - h * h)
 
@@ -142,12 +142,12 @@ class _TanhAndSlope(torch.autograd.Function):
         ctx.save_for_forward(*output)
 
     @staticmethod
-    def backward(ctx: Any, gh: Tensor, gd: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gh: Tensor, gd: Tensor) -> Tensor:
         h, d = ctx.saved_tensors
         return torch.addcmul(gh, gd, h, value=-2) * d
 
     @staticmethod
-    def jvp(ctx: Any, da: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def jvp(ctx: Any, da: Tensor) -> tuple[Tensor, Tensor]:
         h, d = ctx.saved_tensors
         return d * da, -2 * h * d * da
 

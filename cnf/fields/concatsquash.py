@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -136,12 +137,15 @@ class ConcatSquashField(VectorField):
         return dx, quadratic_form(slopes, self._weights(), (constants[0], constants[1]))
 
     def _weights(self) -> list[Tensor]:
-        return [layer.linear.weight for layer in self.layers]  # type: ignore[union-attr, misc]
+        return [layer.linear.weight for layer in self._layers()]
 
     def _known(self) -> bool:
         """Whether the layers are what they were built as, with activations of known slopes."""
-        layers = (layer.linear for layer in self.layers)
-        return all(is_linear(layer) for layer in layers) and all(map(has_slope, self.activations))
+        linears = (layer.linear for layer in self._layers())
+        return all(map(is_linear, linears)) and all(map(has_slope, self.activations))
+
+    def _layers(self) -> list[_ConcatSquashLinear]:
+        return cast("list[_ConcatSquashLinear]", list(self.layers))
 
     def _run(
         self,
@@ -151,7 +155,8 @@ class ConcatSquashField(VectorField):
         apply: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """dx (B, D), the gated slopes of the hidden layers where `apply` gives them, and the
-        output's gate (D,), or (B, D) with context."""
+        output's gate (D,), or (B, D) with context.
+        """
         s = t.reshape(1)  # (1,), or (B, 1 + C) with context
         if context is not None:
             s = torch.cat((s.expand(len(context), 1), context), -1)

@@ -79,7 +79,8 @@ class MLPField(VectorField):
         for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), make_activation(activation)]
         self.network = nn.Sequential(*layers, nn.Linear(widths[-1], self.dims))
-        self.gates = nn.ModuleList(nn.Linear(times + context, n) for n in hidden if gates)
+        gated = (nn.Linear(times + context, n) for n in hidden)
+        self.gates = nn.ModuleList(gated) if gates else None
 
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
@@ -122,13 +123,18 @@ class MLPField(VectorField):
 
     def _weights(self) -> list[Tensor]:
         """W_1 (H, D), its columns for x alone, W_2, ..., W_n."""
-        first, *others = (layer.weight for layer in self.network[::2])
-        return [first[:, : self.dims], *others]  # type: ignore[index, list-item]
+        first, *others = (layer.weight for layer in self._linears())
+        return [first[:, : self.dims], *others]
 
     def _known(self) -> bool:
         """Whether the layers are what they were built as, with activations of known slopes."""
-        layers, activations = self.network[::2], self.network[1::2]
-        return all(is_linear(layer) for layer in layers) and all(map(has_slope, activations))
+        return all(map(is_linear, self._linears())) and all(map(has_slope, self._activations()))
+
+    def _linears(self) -> list[nn.Linear]:
+        return cast("list[nn.Linear]", list(self.network)[::2])
+
+    def _activations(self) -> list[nn.Module]:
+        return list(self.network)[1::2]
 
     def _hidden(
         self,
@@ -139,12 +145,12 @@ class MLPField(VectorField):
     ) -> tuple[Tensor, list[Tensor]]:
         """The last hidden layer (B, H), and the slopes of all, gated, where `apply` gives them."""
         tau = time_features(t, self.frequencies)
-        layers, activations = self.network[::2], self.network[1::2]
-        h, slopes = self._first(tau, x, context), []
-        for i, activation in enumerate(activations):
+        layers, slopes = self._linears(), []
+        h = self._first(tau, x, context)
+        for i, activation in enumerate(self._activations()):
             h, slope = apply(activation, h if i == 0 else layers[i](h))
-            if self.gates:
-                gate = self._gate(i, tau, context)
+            if self.gates is not None:
+                gate = self._gate(self.gates[i], tau, context)
                 h, slope = h * gate, slope if slope is None else slope * gate
             if slope is not None:
                 slopes.append(slope)
@@ -152,7 +158,7 @@ class MLPField(VectorField):
 
     def _first(self, tau: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """W_1 [x, tau, c] + b_1 (B, H)."""
-        first = cast("nn.Linear", self.network[0])
+        first = self._linears()[0]
         # The rows of W^T for x, tau and c: time is added once a batch, and products with few
         # columns, as in the gradient with respect to x, are several times faster this way round.
         weight = first.weight.t().contiguous()  # (D + T + C, H)
@@ -162,7 +168,7 @@ class MLPField(VectorField):
             bias = torch.addmm(bias, context, of_context[0])  # (B, H)
         return torch.addmm(bias, x, of_x)
 
-    def _gate(self, i: int, tau: Tensor, context: Tensor | None) -> Tensor:
+    def _gate(self, layer: nn.Module, tau: Tensor, context: Tensor | None) -> Tensor:
         """sigmoid(G_l [tau, c] + v_l), (H,), or (B, H) with context."""
         s = tau if context is None else torch.cat((tau.expand(len(context), -1), context), 1)
-        return torch.sigmoid(self.gates[i](s))
+        return torch.sigmoid(layer(s))

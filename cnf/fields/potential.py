@@ -93,7 +93,7 @@ class PotentialField(VectorField):
         """Whether the layers are what they were built as; then both closed forms hold."""
         return all(map(is_linear, self._linears()))
 
-    closed_quadratic_form = closed_form  # type: ignore[assignment]
+    closed_quadratic_form = closed_form
 
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Phi (B,) at time t () and state x (B, *event), given context (B, C).

@@ -163,9 +163,7 @@ class CompiledStepper:
             q = _so_far(q, first[1])
         f.stats.nfe += len(self.method.c) - (first is not None)
         with f.in_precision(x), f.watched(x):
-            return self.program(
-                _inputs(f), self.method, self.tolerance, begin, end, x, q, first
-            )
+            return self.program(_inputs(f), self.method, self.tolerance, begin, end, x, q, first)
 
     def counting(self, stats: SolveStats) -> CompiledStepper:
         """The same stepper, its evaluations counted elsewhere."""

@@ -53,7 +53,7 @@ def options(device: str) -> dict[str, Any] | None:
         def uuid(self) -> bytes:
             return b"cnf rational tanh 1"
 
-    return {"post_grad_custom_pre_pass": FastTanh()}
+    return {"cpp_wrapper": True, "post_grad_custom_pre_pass": FastTanh()}
 
 
 def _replace(graph: Graph, node: Node) -> None:

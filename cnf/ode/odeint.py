@@ -236,9 +236,9 @@ class _Problem:
 
         if gradient == "adjoint":
             given = [*self.parameters, *self.f.trainable]
-            return AdjointSolve(
-                stepper, variables, self.clock, self.solver, run, self.recorders
-            )(x, given)
+            return AdjointSolve(stepper, variables, self.clock, self.solver, run, self.recorders)(
+                x, given
+            )
         end = run(x)
         if gradient == "backprop" and self.solver.compile and end.x.requires_grad:
             return Integral(*first_order("compile=True", end.x, end.q))

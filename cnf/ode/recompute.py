@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
-from cnf.ode.rhs import Derivative
+from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.stats import Recorders, SolveStats
 from cnf.ode.step import Clock, Time
 from cnf.ode.stepper import Step, Stepper

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch import Tensor
 from cnf.ode.stats import SolveStats
 
 __all__ = ["Derivative", "Function", "RightHandSide", "Watch", "evaluate"]
-
-T = TypeVar("T", bound="Tensor | None")
 
 Watch = Callable[[Tensor], AbstractContextManager[Any]]
 """What stands around the first evaluation of a solve."""
@@ -171,10 +169,9 @@ def _with_own_times(
     return mapped
 
 
-def _leaf(v: T) -> T:
-    if isinstance(v, Tensor) and v.requires_grad:
-        return v.detach().requires_grad_()
-    return v
+def _leaf(v: Any) -> Any:
+    """A leaf of its own, where a tensor requires grad."""
+    return v if v is None or not v.requires_grad else v.detach().requires_grad_()
 
 
 def _precision(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:

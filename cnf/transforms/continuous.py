@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cnf.divergence import Divergence, Estimator, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
+from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
@@ -40,7 +41,8 @@ class CNF(Transform):
             context (B, C). A sample's dx must depend on no other sample, and be a differentiable,
             deterministic function of its arguments. A plain function's parameters are not seen by
             the module: use a module.
-        divergence: "exact", "hutchinson", or a `Divergence`.
+        divergence: "exact", "hutchinson", or a `Divergence`; None for the exact one where the field
+            has a closed form, which costs no more than an estimate, and Hutchinson's elsewhere.
         solver: the choices of the solve; None for `Solver()`.
         event_dims: number of trailing dimensions of a sample; None takes it from the field's
             `event_shape`, or 1 where it has none. (C, H, W) has 3, scalars 0.
@@ -66,7 +68,7 @@ class CNF(Transform):
     def __init__(
         self,
         field: Field,
-        divergence: str | Divergence = "hutchinson",
+        divergence: str | Divergence | None = None,
         solver: Solver | TorchDiffEq | None = None,
         *,
         event_dims: int | None = None,
@@ -75,6 +77,8 @@ class CNF(Transform):
         super().__init__()
         self.context_use = context_use(field)
         self.field = field
+        if divergence is None:
+            divergence = "exact" if offers(field, "closed_form") else "hutchinson"
         self.divergence = as_divergence(divergence)
         self.solver = as_solver(solver)
         shape = getattr(field, "event_shape", None)

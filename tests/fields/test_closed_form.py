@@ -58,7 +58,9 @@ def arguments(field, rows=3):
 def jacobian(field, t, x, context):
     """df/dx of each sample (B, D, D), differentiable."""
     dx = field(t, x, context).flatten(1)
-    rows = [torch.autograd.grad(dx[:, i].sum(), x, create_graph=True)[0] for i in range(dx.shape[1])]
+    rows = [
+        torch.autograd.grad(dx[:, i].sum(), x, create_graph=True)[0] for i in range(dx.shape[1])
+    ]
     return dx.reshape(x.shape), torch.stack([row.flatten(1) for row in rows], 1)
 
 

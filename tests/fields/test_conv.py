@@ -195,7 +195,7 @@ def test_what_has_no_closed_form():
     deep = ConvField((1, 4, 4), (3, 3, 3))
     assert not deep.closed_form
     assert deep(torch.tensor(0.5), torch.randn(2, 1, 4, 4)).shape == (2, 1, 4, 4)
-    with pytest.raises(TypeError, match="no closed form.*at most two hidden layers"):
+    with pytest.raises(TypeError, match=r"no closed form.*at most two hidden layers"):
         deep.with_divergence(torch.tensor(0.5), torch.randn(2, 1, 4, 4))
     assert not ConvField((1, 4, 4), (3,), activation=nn.Softmax(1)).closed_form
 
