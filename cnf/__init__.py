@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from cnf.audit import check
 from cnf.base import StandardNormal
+from cnf.comparison import compare_trace
 from cnf.divergence import Divergence, Exact, Hutchinson, HutchPlusPlus
 from cnf.errors import CheckpointError, SolverError, TrainingError
 from cnf.fields import (
@@ -71,6 +72,7 @@ __all__ = [
     "Transform",
     "VectorField",
     "check",
+    "compare_trace",
     "odeint",
     "record_solves",
 ]

@@ -25,6 +25,22 @@ def test_the_choices_of_the_solver_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "log-det" in capsys.readouterr().out
 
 
+def test_estimates_and_the_comparison_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[2], names)
+    assert names["stderr"].shape == (256,)
+    assert "Hutchinson" in capsys.readouterr().out
+
+
+def test_a_closed_form_of_your_own_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[3], names)
+    assert names["flow"].transform.divergence == names["cnf"].Exact()
+    assert names["report"].ok, str(names["report"])
+
+
 def test_own_fields_run() -> None:
     import torch
 
@@ -39,5 +55,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[4], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.fields.activations import activation as make_activation
@@ -29,7 +30,8 @@ class ConvField(VectorField):
 
     Strides are 1 and images are padded by zeros, so every layer keeps their size. With one hidden
     layer or two the exact divergence has a closed form, which `Exact` uses: it costs about what
-    `Hutchinson` does with one probe, whatever the size of the image.
+    `Hutchinson` does with one probe, whatever the size of the image. Hutchinson's estimate has one
+    with any number of layers.
 
     Args:
         features: shape of an image, (C, H, W).
@@ -93,8 +95,13 @@ class ConvField(VectorField):
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the exact divergence has a closed form."""
+        return len(self.hidden) <= 2 and self.closed_quadratic_form
+
+    @property
+    def closed_quadratic_form(self) -> bool:  # type: ignore[override]
+        """Whether Hutchinson's estimate has a closed form."""
         known = all(is_linear(layer, nn.Conv2d) for layer in self.layers)
-        return len(self.hidden) <= 2 and known and all(map(has_slope, self.activations))
+        return known and all(map(has_slope, self.activations))
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
@@ -104,8 +111,7 @@ class ConvField(VectorField):
 
     def divergence_constants(self) -> Constants:
         """What of the divergence depends on parameters alone: kernels, or a map."""
-        kernels = [cast("nn.Conv2d", layer).weight for layer in self.layers]
-        return conv_trace_constants(kernels, self.event_shape[1:])
+        return conv_trace_constants(self._kernels(), self.event_shape[1:])
 
     def derivative_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
@@ -115,6 +121,32 @@ class ConvField(VectorField):
         h, slopes = self._hidden(x, modulations, value_and_slope)
         gates = [scale for scale, _ in modulations]
         return self.layers[-1](h).flatten(1), conv_trace(slopes, gates, constants)
+
+    def quadratic_form_constants(self, probes: Tensor) -> Constants:
+        """K_1 * e and the transpose of K_n on e, for probes e (B, k, C, H, W)."""
+        first, *_, last = self._kernels()
+        e = probes.flatten(0, 1)
+        start = F.conv2d(e, first, padding=first.shape[-1] // 2)
+        end = F.conv_transpose2d(e, last, padding=last.shape[-1] // 2)
+        return start.unflatten(0, probes.shape[:2]), end.unflatten(0, probes.shape[:2])
+
+    def derivative_and_quadratic_form(
+        self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        """dx/dt (B, D) at x (B, D), and e^T J e (B, k)."""
+        modulations = self._modulations(t, context)
+        h, slopes = self._hidden(x, modulations, value_and_slope)
+        v, end = constants  # (B, k, channels, H, W)
+        gated = [
+            (d * scale).unsqueeze(1) for d, (scale, _) in zip(slopes, modulations, strict=True)
+        ]
+        for d, kernel in zip(gated[:-1], self._kernels()[1:-1], strict=True):
+            moved = F.conv2d((v * d).flatten(0, 1), kernel, padding=kernel.shape[-1] // 2)
+            v = moved.unflatten(0, v.shape[:2])
+        return self.layers[-1](h).flatten(1), (v * gated[-1] * end).flatten(2).sum(-1)
+
+    def _kernels(self) -> list[Tensor]:
+        return [cast("nn.Conv2d", layer).weight for layer in self.layers]
 
     def _hidden(
         self,

@@ -191,6 +191,23 @@ def test_compiled():
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_the_quadratic_form_is_that_of_products(seed):
+    """Of any number of layers; values and gradients."""
+    field, t, x, context = case(seed)
+    if seed % 3 == 0:
+        field, t, x, context = given(ConvField((2, 4, 3), (3, 2, 4), kernel_size=(3, 1, 5, 3)))
+    probes = normal(3, 2, *field.event_shape)
+    dx, form = field.with_quadratic_form(t, x, context, field.quadratic_form_constants(probes))
+    truth_dx = field(t, x, context)
+    rows = [torch.autograd.grad(truth_dx, x, probes[:, i], create_graph=True)[0] for i in range(2)]
+    truth = torch.stack([(row * probes[:, i]).flatten(1).sum(1) for i, row in enumerate(rows)], 1)
+    wanted = named(field, t, x, context)
+    weight = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).view(3, 2)
+    ours, theirs = (gradients((v * weight).sum(), wanted) for v in (form, truth))
+    assert_equal([dx, form, *ours], [truth_dx, truth, *theirs])
+
+
 def test_what_has_no_closed_form():
     deep = ConvField((1, 4, 4), (3, 3, 3))
     assert not deep.closed_form
