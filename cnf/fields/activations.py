@@ -91,34 +91,32 @@ def value_and_slope(activation: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_sigmoid(a: Tensor) -> bool:
-    # A compiled step has a faster one (cnf/ode/inductor.py).
-    return a.dtype == torch.float32 and a.device.type == "cpu" and not torch.compiler.is_compiling()
+    return a.dtype == torch.float32 and a.device.type == "cpu" and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch.compile, which has a faster tanh (cnf/ode/inductor.py), or torch.func is at
+    work: they take plain operations, and a function with rules for them costs 20 us a call.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _tanh(a: Tensor) -> Tensor:
     return (2 * a).sigmoid_().mul_(2).sub_(1)
 
 
-def _slope_of_tanh(h: Tensor) -> Tensor:
-    return torch.addcmul(torch.ones((), dtype=h.dtype, device=h.device), h, h, value=-1)
-
-
 class _TanhBySigmoid(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(a: Tensor) -> Tensor:
-        return _tanh(a)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        h = _tanh(a)
+        ctx.save_for_backward(h)
+        ctx.save_for_forward(h)
+        return h
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(g, h)
+        return torch.ops.aten.tanh_backward(g, h)  # type: ignore[no-any-return]
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor) -> Tensor:
@@ -129,17 +127,12 @@ class _TanhBySigmoid(torch.autograd.Function):
 class _TanhAndSlope(torch.autograd.Function):
     """(h, 1 - h^2), whose backward pass is one kernel and a product: plain operations take six."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(a: Tensor) -> tuple[Tensor, Tensor]:
-        h = _tanh(a) if _by_sigmoid(a) else torch.tanh(a)
-        return h, _slope_of_tanh(h)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output)
-        ctx.save_for_forward(*output)
+    def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
+        h, d = _tanh_and_slope(a)
+        ctx.save_for_backward(h, d)
+        ctx.save_for_forward(h, d)
+        return h, d
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor, gd: Tensor) -> Tensor:
@@ -152,14 +145,20 @@ class _TanhAndSlope(torch.autograd.Function):
         return d * da, -2 * h * d * da
 
 
+def _tanh_and_slope(a: Tensor) -> tuple[Tensor, Tensor]:
+    h = _tanh(a) if _by_sigmoid(a) else torch.tanh(a)
+    one = torch.ones((), dtype=h.dtype, device=h.device)
+    return h, torch.addcmul(one, h, h, value=-1)
+
+
 def _tanh_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if _transformed():
         h = torch.tanh(a)
         return h, 1 - h * h
     if torch.is_grad_enabled():
         pair: tuple[Tensor, Tensor] = _TanhAndSlope.apply(a)
         return pair
-    return _TanhAndSlope.forward(a)
+    return _tanh_and_slope(a)
 
 
 def _sigmoid_rule(_: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:

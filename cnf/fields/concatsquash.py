@@ -134,7 +134,7 @@ class ConcatSquashField(VectorField):
     ) -> tuple[Tensor, Tensor]:
         """dx/dt (B, D) at x (B, D), and e^T J e (B, k)."""
         dx, slopes, _ = self._run(t, x, context, value_and_slope)
-        return dx, quadratic_form(slopes, self._weights(), (constants[0], constants[1]))
+        return dx, quadratic_form(slopes, self._weights()[1:-1], (constants[0], constants[1]))
 
     def _weights(self) -> list[Tensor]:
         return [layer.linear.weight for layer in self._layers()]

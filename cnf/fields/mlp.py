@@ -118,7 +118,8 @@ class MLPField(VectorField):
     ) -> tuple[Tensor, Tensor]:
         """dx/dt (B, D) at x (B, D), and e^T J e (B, k)."""
         h, slopes = self._hidden(t, x, context, value_and_slope)
-        form = quadratic_form(slopes, self._weights(), (constants[0], constants[1]))
+        middle = [layer.weight for layer in self._linears()[1:-1]]
+        form = quadratic_form(slopes, middle, (constants[0], constants[1]))
         return self.network[-1](h), form
 
     def _weights(self) -> list[Tensor]:

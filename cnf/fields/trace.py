@@ -60,16 +60,22 @@ def probe_ends(weights: Sequence[Tensor], probes: Tensor) -> tuple[Tensor, Tenso
 
 
 def quadratic_form(
-    slopes: Sequence[Tensor], weights: Sequence[Tensor], ends: tuple[Tensor, Tensor]
+    slopes: Sequence[Tensor], middle: Sequence[Tensor], ends: tuple[Tensor, Tensor]
 ) -> Tensor:
     """e^T J e for each probe, (B, k).
 
     Args:
         slopes: d_1 (B, H_1), ... of the hidden layers, at least one.
-        weights: W_1 ... W_n.
+        middle: W_2 ... W_{n-1}.
         ends: from `probe_ends`.
     """
     v, last = ends
-    for slope, weight in zip(slopes[:-1], weights[1:-1], strict=True):
-        v = F.linear(v * slope.unsqueeze(-2), weight)
-    return (v * slopes[-1].unsqueeze(-2) * last).sum(-1)
+    one = v.shape[1] == 1
+    if one:  # without a dimension of probes, whose views cost as much as small products
+        v, last = v.squeeze(1), last.squeeze(1)
+    else:
+        slopes = [slope.unsqueeze(-2) for slope in slopes]
+    for slope, weight in zip(slopes[:-1], middle, strict=True):
+        v = F.linear(v * slope, weight)
+    form = (v * slopes[-1] * last).sum(-1)
+    return form.unsqueeze(1) if one else form
