@@ -88,9 +88,8 @@ class VectorField(nn.Module):
         if constants is None:
             self.check_closed_form()
             constants = self.divergence_constants()
-        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
-        dx, div = self.derivative_and_divergence(t, flat, context, constants)
-        return dx.reshape(x.shape), div
+        dx, div = self.derivative_and_divergence(t, self._flat(x), context, constants)
+        return self._like(dx, x), div
 
     def check_closed_form(self) -> None:
         """Refuse to use a closed form that there is not.
@@ -127,9 +126,8 @@ class VectorField(nn.Module):
             constants: from `quadratic_form_constants(probes)`.
         """
         self._check(x, context)
-        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
-        dx, form = self.derivative_and_quadratic_form(t, flat, context, constants)
-        return dx.reshape(x.shape), form
+        dx, form = self.derivative_and_quadratic_form(t, self._flat(x), context, constants)
+        return self._like(dx, x), form
 
     def derivative_and_quadratic_form(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
@@ -144,8 +142,15 @@ class VectorField(nn.Module):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (B, *event) at time t () and state x (B, *event), given context (B, C)."""
         self._check(x, context)
-        flat = x.reshape(x.shape[0], self.dims)  # (B, *event) -> (B, D)
-        return self.derivative(t, flat, context).reshape(x.shape)
+        return self._like(self.derivative(t, self._flat(x), context), x)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """(B, *event) -> (B, D); a view of the same shape would cost its share in autograd."""
+        return x if x.ndim == 2 else x.reshape(x.shape[0], self.dims)
+
+    def _like(self, dx: Tensor, x: Tensor) -> Tensor:
+        """(B, D) -> (B, *event)."""
+        return dx if x.ndim == 2 else dx.reshape(x.shape)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         expected = ("B", *self.event_shape)

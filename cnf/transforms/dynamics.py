@@ -90,11 +90,12 @@ class Dynamics:
         if self.divergence is None:
             return field(t, x, context), None
         given = None if self.layout is None else _arranged(self.layout, iter(constants))
-        if not (self.each and isinstance(self.divergence, Estimator)):
+        if not isinstance(self.divergence, Estimator):
             dx, div = self.divergence(field, t, x, context, noise, given)
             return dx, div.unsqueeze(-1)
         dx, each = self.divergence.estimates(field, t, x, context, noise, given)
-        return dx, torch.cat((each.mean(1, keepdim=True), each), 1)
+        mean = each if each.shape[1] == 1 else each.mean(1, keepdim=True)
+        return dx, torch.cat((mean, each), 1) if self.each else mean
 
 
 def _flattened(constants: Any, found: list[Tensor]) -> Any:
