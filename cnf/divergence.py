@@ -179,10 +179,11 @@ class Exact(Divergence):
         if dims > _MANY_PRODUCTS:
             warn(
                 f"the exact divergence takes {dims} products with the Jacobian at every "
-                f"evaluation, which cost about as much as {2 * dims} evaluations of the field "
-                "(three times that in training); use a field with a closed form (MLPField or "
-                "ConvField of one or two hidden layers), or "
-                "cnf.Hutchinson(probes=...) with return_stderr=True"
+                f"evaluation: the time of about {2 * dims} evaluations of the field, and where a "
+                "gradient is asked three times that and the memory of as many. Use a field with a "
+                "closed form (MLPField or ConvField of one or two hidden layers) or "
+                "cnf.Hutchinson(probes=...) with return_stderr=True; torch.no_grad() to evaluate; "
+                "gradient='checkpoint' to train"
             )
         return ()
 
@@ -200,9 +201,15 @@ class Exact(Divergence):
             return _linearised(field, t, x, context, lambda products: self._trace(products, x))
         if not hasattr(field, "divergence_constants"):
             dx, div = field.with_divergence(t, x, context)
-            return dx, div
-        constants = field.divergence_constants() if constants is None else constants
-        dx, div = field.with_divergence(t, x, context, constants)
+        else:
+            constants = field.divergence_constants() if constants is None else constants
+            dx, div = field.with_divergence(t, x, context, constants)
+        if not isinstance(div, Tensor) or div.shape != x.shape[:1]:
+            seen = tuple(div.shape) if isinstance(div, Tensor) else type(div).__name__
+            raise ValueError(
+                f"with_divergence must return dx and div of shape (B,) = {tuple(x.shape[:1])}, "
+                f"got div of {seen}"
+            )
         return dx, div
 
     def _trace(self, products: Products, x: Tensor) -> Tensor:
@@ -241,6 +248,7 @@ class Hutchinson(Estimator):
         probes: k; orthogonal ones beyond D come in blocks of D.
 
     Raises:
+        TypeError: noise that is a number.
         ValueError: an unknown noise, or probes not a positive integer.
 
     Reference: FFJORD, Grathwohl et al., arXiv 1810.01367; orthogonal probes, Yu et al.,
@@ -258,6 +266,11 @@ class Hutchinson(Estimator):
     probes: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.noise, int):
+            raise TypeError(
+                f"noise={self.noise!r} must be a name, the number of probes is another argument; "
+                f"use Hutchinson(probes={self.noise!r})"
+            )
         check_choice("noise", self.noise, ("rademacher", "gaussian", "orthogonal"))
         check_count("probes", self.probes)
 
@@ -360,13 +373,15 @@ class HutchPlusPlus(Estimator):
         constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
         """f(t, x, context) (B, *event) and the estimate of each probe (B, k)."""
-        noise = _checked(noise, x, self.rank + self.probes).flatten(2)  # (B, r + k, D)
-        sketch, probes = noise.split((self.rank, self.probes), 1)
+        dims = math.prod(x.shape[1:])
+        noise = _checked(noise, x, self.rank + self.probes)
+        flat = noise.reshape(*noise.shape[:2], dims)  # (B, r + k, D)
+        sketch, probes = flat.split((self.rank, self.probes), 1)
 
         def forms(products: Products) -> Tensor:
             def rows(vectors: Tensor) -> Tensor:  # v^T J: (B, K, D) -> (B, K, D)
                 batch = vectors.movedim(1, 0).reshape(-1, *x.shape)
-                return torch.stack([row.flatten(1) for row in products(batch)], 1)
+                return torch.stack([row.reshape(-1, dims) for row in products(batch)], 1)
 
             seen = rows(sketch)
             # A part of the sketch itself: any Q will do, but the derivative of QR needs full rank.
@@ -409,7 +424,8 @@ def _draw(noise: str, x: Tensor, probes: int, generator: torch.Generator | None)
         e = torch.randint(0, 2, shape, dtype=x.dtype, device=device, generator=generator)
         return (2 * e - 1).to(x.device)
     e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
-    return e if noise == "gaussian" else _orthogonal(e.flatten(2)).reshape(shape)
+    flat = e.reshape(*shape[:2], math.prod(x.shape[1:]))
+    return e if noise == "gaussian" else _orthogonal(flat).reshape(shape)
 
 
 def _orthogonal(e: Tensor) -> Tensor:
@@ -417,9 +433,7 @@ def _orthogonal(e: Tensor) -> Tensor:
     dims = e.shape[-1]
     blocks = []
     for block in e.split(dims, 1) if dims else ():
-        q, r = torch.linalg.qr(block.mT)
-        # The signs that make the decomposition unique make Q uniform.
-        blocks.append((q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)).mT)
+        blocks.append(torch.linalg.qr(block.mT).Q.mT)  # uniform but for signs, which do not count
     return math.sqrt(dims) * torch.cat(blocks, 1) if blocks else e
 
 

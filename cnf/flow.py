@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.base import Base, as_base
+from cnf.checks import check_bool
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, as_divergence
 from cnf.ode import Solver, TorchDiffEq
@@ -135,6 +136,7 @@ class Flow(nn.Module):
         choices = _choices(divergence, solver, generator)
         if on_nonfinite not in ("raise", "nan"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; use 'raise' or 'nan'")
+        check_bool("return_stderr", return_stderr)
         if return_stderr:
             choices["variances"] = []
         if on_nonfinite == "raise":

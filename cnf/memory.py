@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -47,6 +48,7 @@ def peak_memory(function: Callable[[], T], device: torch.device | str = "cpu") -
 
 
 def _peak_on_cpu(function: Callable[[], T]) -> tuple[T, int]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes to stderr
     with profile(profile_memory=True) as profiler:
         result = function()
     recorded = profiler.kineto_results

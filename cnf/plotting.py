@@ -301,12 +301,17 @@ def plot_trace(comparison: TraceComparison) -> Figure:
             ax.annotate(row.name, (ms, row.std), ha="right" if left else "left", **style)
         elif row.std == 0:
             ax.axvline(ms, color=colour, linestyle="--", label=row.name)
-            style = {"rotation": 90, "va": "top", "ha": "right", "fontsize": 8, "color": colour}
-            ax.text(ms, 0.98, f"{row.name} ", transform=ax.get_xaxis_transform(), **style)
+            style = {"textcoords": "offset points", "xytext": (-4, 0), "fontsize": 8}
+            style |= {"rotation": 90, "va": "top", "ha": "right", "color": colour}
+            style |= {"xycoords": ax.get_xaxis_transform()}
+            ax.annotate(f"{row.name}: no noise", (ms, 0.98), **style)
     ax.set(xscale="log", xlabel="time of a log-likelihood (ms)")
     ax.set_ylabel("standard deviation of log p by the noise (nats)")
     if any(row.std > 0 for row in timed):
         ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        for format_ticks in (axis.set_major_formatter, axis.set_minor_formatter):
+            format_ticks("{x:g}")
     ax.margins(0.2)
     ax.grid(visible=True, alpha=0.3)
     return figure

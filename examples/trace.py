@@ -65,8 +65,9 @@ def report(flow: cnf.FFJORD, test: Tensor, probes: int, out: Path) -> None:
         [
             f"test log-likelihood   {mean_and_error(exact)}  (exact trace)",
             f"                      {mean_and_error(estimate)}  ({probes} probes)",
-            f"standard error a row  {stderr.mean().item():.4f} nats; (estimate - exact) / it: "
-            f"mean {off.mean().item():+.2f}, standard deviation {off.std().item():.2f}",
+            f"                      each row's to {stderr.mean().item():.2f} nats, its standard "
+            f"error; in units of that it is off by {off.mean().item():+.2f} +- "
+            f"{off.std().item():.2f} (mean, standard deviation)",
             "",
             str(comparison),
             f"picture               {out / 'trace.png'}",

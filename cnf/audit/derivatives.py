@@ -29,19 +29,26 @@ _HIDDEN = "is hidden from autograd: look for detach, no_grad, .data or numpy"
 def divergence(own: Subject, ref: Reference) -> Finding:
     """|div - its central differences| at the start, the middle and the end of the path."""
     errors, sizes, h = [], [1.0], ref.eps ** (1 / 3)
+    other_field = 0.0  # |dx of the closed form - dx|
     closed = any(offers(part.field, "closed_form") for part in own.cnfs)
     for replay in ref.subject.replays:
         points = replay.points
         for i in sorted({0, len(points) // 2, len(points) - 1}) if points else ():
             for estimate, noise in _divergences(replay.inner, points[i]):
-                _, div = estimate(*points[i]._replace(noise=noise))
+                dx, div = estimate(*points[i]._replace(noise=noise))
+                gap = (dx - points[i].value()).abs().max() / dx.abs().max().clamp(min=1)
+                other_field = max(other_field, gap.item())
                 truth = _differences(points[i], noise, h)
                 errors.append((div - truth).abs().max())
                 sizes.append(truth.abs().max().item())
     error = torch.stack(errors).max().item()  # NaN where one is
     remedy = f"{'with_divergence is wrong, or ' if closed else ''}a derivative in x {_HIDDEN}"
     text, limit = f"{error:.1e} from differences", h * max(sizes)
-    return judge("divergence", text, error, limit, remedy), {"divergence_error": error}
+    row = judge("divergence", text, error, limit, remedy)
+    if not other_field < h:
+        wrong = f"with_divergence gives another dx than the field, off by {other_field:.1e}"
+        row = AuditRow("divergence", text, wrong, ok=False)
+    return row, {"divergence_error": error}
 
 
 def _divergences(inner: Divergence, point: Point) -> Iterator[tuple[Divergence, Tensor | None]]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.checks import check_choice
+from cnf.fields.closed_form import written_for
 
 __all__ = ["ACTIVATIONS", "Tanh", "activation", "has_slope", "value_and_slope"]
 
@@ -71,7 +73,9 @@ def has_slope(activation: nn.Module) -> bool:
         >>> has_slope(nn.SiLU()), has_slope(nn.Softmax(-1))
         (True, False)
     """
-    return type(activation) in _SLOPES or hasattr(activation, "value_and_slope")
+    if type(activation) in _SLOPES:
+        return True
+    return written_for(activation, ["value_and_slope"], ["forward", "__call__"])
 
 
 def value_and_slope(activation: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +120,7 @@ class _TanhBySigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(g, h)  # type: ignore[no-any-return]
+        return torch.ops.aten.tanh_backward(g, h)
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ def _gelu_rule(s: nn.GELU, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _elu_rule(s: nn.ELU, a: Tensor) -> tuple[Tensor, Tensor]:
     below = s.alpha * torch.exp(a.clamp(max=0))
-    return s(a), torch.where(a > 0, torch.ones_like(a), below)
+    return F.elu(a, s.alpha), torch.where(a > 0, torch.ones_like(a), below)  # never in place
 
 
 def _mish_rule(s: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,10 @@ class VectorField(nn.Module):
         """(B, *event) -> (B, D); a view of the same shape would cost its share in autograd."""
         return x if x.ndim == 2 else x.reshape(x.shape[0], self.dims)
 
+    def _flat_probes(self, probes: Tensor) -> Tensor:
+        """(B, k, *event) -> (B, k, D)."""
+        return probes.reshape(*probes.shape[:2], self.dims)
+
     def _like(self, dx: Tensor, x: Tensor) -> Tensor:
         """(B, D) -> (B, *event)."""
         return dx if x.ndim == 2 else dx.reshape(x.shape)

@@ -90,21 +90,20 @@ class ConcatSquashField(VectorField):
             for i, (n_in, n_out) in enumerate(pairwise(widths))
         )
         self.activations = nn.ModuleList(make_activation(activation) for _ in hidden)
-        self.gated_output = gated_output
 
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the exact divergence has a closed form."""
         return (
             len(self.activations) <= 2
-            and not (self.gated_output and self.context)
+            and not (self._output_gated() and self.context)
             and self._known()
         )
 
     @property
     def closed_quadratic_form(self) -> bool:  # type: ignore[override]
         """Whether Hutchinson's estimate has a closed form."""
-        return len(self.activations) > 0 and not self.gated_output and self._known()
+        return len(self.activations) > 0 and not self._output_gated() and self._known()
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
@@ -112,7 +111,7 @@ class ConcatSquashField(VectorField):
 
     def divergence_constants(self) -> Constants:
         """(M,), what of the divergence depends on parameters alone; nothing with a gated output."""
-        return () if self.gated_output else (trace_matrix(self._weights()),)
+        return () if self._output_gated() else (trace_matrix(self._weights()),)
 
     def derivative_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
@@ -127,7 +126,7 @@ class ConcatSquashField(VectorField):
 
     def quadratic_form_constants(self, probes: Tensor) -> Constants:
         """(W_1 e, W_n^T e) for probes e (B, k, *event)."""
-        return probe_ends(self._weights(), probes.flatten(2))
+        return probe_ends(self._weights(), self._flat_probes(probes))
 
     def derivative_and_quadratic_form(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
@@ -141,8 +140,12 @@ class ConcatSquashField(VectorField):
 
     def _known(self) -> bool:
         """Whether the layers are what they were built as, with activations of known slopes."""
-        linears = (layer.linear for layer in self._layers())
-        return all(map(is_linear, linears)) and all(map(has_slope, self.activations))
+        own = all(type(layer) is _ConcatSquashLinear for layer in self.layers)
+        linear = own and all(is_linear(layer.linear) for layer in self._layers())
+        return linear and all(map(has_slope, self.activations))
+
+    def _output_gated(self) -> bool:
+        return self._layers()[-1].gate is not None
 
     def _layers(self) -> list[_ConcatSquashLinear]:
         return cast("list[_ConcatSquashLinear]", list(self.layers))

@@ -100,8 +100,7 @@ class ConvField(VectorField):
     @property
     def closed_quadratic_form(self) -> bool:  # type: ignore[override]
         """Whether Hutchinson's estimate has a closed form."""
-        known = all(is_linear(layer, nn.Conv2d) for layer in self.layers)
-        return known and all(map(has_slope, self.activations))
+        return all(map(_is_plain, self.layers)) and all(map(has_slope, self.activations))
 
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
@@ -171,6 +170,18 @@ class ConvField(VectorField):
         gamma, beta = both.unflatten(-1, (-1, 1, 1)).chunk(2, -3)
         scales, shifts = (1 + gamma).split(self.hidden, -3), beta.split(self.hidden, -3)
         return list(zip(scales, shifts, strict=True))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of stride 1, padded by zeros to the same size."""
+    return (
+        is_linear(layer, nn.Conv2d)
+        and isinstance(layer, nn.Conv2d)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.padding == tuple(k // 2 for k in layer.kernel_size)
+    )
 
 
 def _kernel_sizes(kernel_size: int | Sequence[int], layers: int) -> list[int]:

@@ -14,7 +14,7 @@ from cnf.checks import check_count
 from cnf.fields.activations import activation as make_activation
 from cnf.fields.activations import has_slope, value_and_slope
 from cnf.fields.base import Constants, VectorField, check_sizes
-from cnf.fields.closed_form import is_linear
+from cnf.fields.closed_form import is_linear, refuse_hooks
 from cnf.fields.time import check_frequencies, time_features
 
 __all__ = ["HollowField"]
@@ -139,6 +139,7 @@ class HollowField(VectorField):
         s = s if context is None else torch.cat((s, context), -1)
         h = self.conditioner(s, x, weights)  # (B, D, k)
         first = self._linears()[0]
+        refuse_hooks(first)
         of_x, of_h, of_s = first.weight.t().split(self.inputs)
         a = torch.addmm(first.bias, s, of_s).unsqueeze(1)  # (B, 1, H)
         a = torch.addcmul(a, x.unsqueeze(-1), of_x)  # (B, D, H)
@@ -175,6 +176,8 @@ class _HollowNetwork(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The weights of each layer, masked."""
+        for layer in self._linears():
+            refuse_hooks(layer)
         pairs = zip(self._linears(), self.masks, strict=True)
         return tuple(layer.weight * getattr(self, name) for layer, name in pairs)
 

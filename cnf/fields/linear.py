@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.fields.base import Constants, VectorField
+from cnf.fields.closed_form import is_linear
 
 __all__ = ["LinearField"]
 
@@ -37,16 +37,19 @@ class LinearField(VectorField):
         tensor([2.], grad_fn=<ExpandBackward0>)
     """
 
-    closed_form = True
-
     def __init__(self, features: int | Sequence[int], *, context: int = 0) -> None:
         super().__init__(features, context)
         self.linear = nn.Linear(self.dims, self.dims)
         self.of_context = nn.Linear(context, self.dims, bias=False) if context else None
 
+    @property
+    def closed_form(self) -> bool:  # type: ignore[override]
+        """Whether the layer is linear, as it was built."""
+        return is_linear(self.linear)
+
     def derivative(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """dx/dt (B, D) at x (B, D)."""
-        dx = F.linear(x, self.linear.weight, self.linear.bias)
+        dx: Tensor = self.linear(x)
         if context is None or self.of_context is None:
             return dx
         return dx + self.of_context(context)

@@ -111,7 +111,7 @@ class MLPField(VectorField):
 
     def quadratic_form_constants(self, probes: Tensor) -> Constants:
         """(W_1 e, W_n^T e) for probes e (B, k, *event)."""
-        return probe_ends(self._weights(), probes.flatten(2))
+        return probe_ends(self._weights(), self._flat_probes(probes))
 
     def derivative_and_quadratic_form(
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
@@ -160,6 +160,9 @@ class MLPField(VectorField):
     def _first(self, tau: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """W_1 [x, tau, c] + b_1 (B, H)."""
         first = self._linears()[0]
+        if first._forward_pre_hooks or first._forward_hooks:  # they must run
+            parts = [x, tau.expand(len(x), -1), *([] if context is None else [context])]
+            return first(torch.cat(parts, 1))
         # The rows of W^T for x, tau and c: time is added once a batch, and products with few
         # columns, as in the gradient with respect to x, are several times faster this way round.
         weight = first.weight.t().contiguous()  # (D + T + C, H)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnf.checks import check_count
 from cnf.fields.activations import Tanh, value_and_slope
 from cnf.fields.base import Constants, VectorField, check_sizes
-from cnf.fields.closed_form import is_linear
+from cnf.fields.closed_form import is_linear, refuse_hooks
 
 __all__ = ["PotentialField"]
 
@@ -156,7 +156,7 @@ class PotentialField(VectorField):
 
     def quadratic_form_constants(self, probes: Tensor) -> Constants:
         """K_0 E e (B, k, m) and |A E e|^2 (B, k) for probes e (B, k, *event)."""
-        e = probes.flatten(2)
+        e = self._flat_probes(probes)
         quadratic = F.linear(e, self.A[:, : self.dims]).square().sum(-1)
         return e @ self._first_weight()[: self.dims], quadratic
 
@@ -182,7 +182,9 @@ class PotentialField(VectorField):
 
     def _first_weight(self) -> Tensor:
         """K_0^T (D + 1 + C, m): products with its few rows are faster than with K_0's columns."""
-        return self._linears()[0].weight.t().contiguous()
+        first = self._linears()[0]
+        refuse_hooks(first)
+        return first.weight.t().contiguous()
 
     def _evaluate(self, s: Tensor, columns: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """OT-Flow's passes forward and backward.

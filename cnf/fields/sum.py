@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from cnf.fields.base import Constants, VectorField
+from cnf.fields.closed_form import offers
 
 __all__ = ["SumField"]
 
@@ -57,7 +58,7 @@ class SumField(VectorField):
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether every field has a closed form of its divergence."""
-        return all(field.closed_form for field in self._each())
+        return all(offers(field, "closed_form") for field in self._each())
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (B, *event)."""

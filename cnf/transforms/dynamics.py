@@ -52,7 +52,10 @@ class Dynamics:
         if self.divergence is None:
             return []
         found: list[Tensor] = []
-        self.layout = _flattened(self.divergence.constants(self.bound, x, noise), found)
+        constants = self.divergence.constants(self.bound, x, noise)
+        if isinstance(constants, Tensor):
+            raise TypeError("divergence_constants must return a tuple, got a tensor; use (tensor,)")
+        self.layout = _flattened(constants, found)
         return found
 
     def __call__(
@@ -103,6 +106,11 @@ def _flattened(constants: Any, found: list[Tensor]) -> Any:
     if isinstance(constants, Tensor):
         found.append(constants)
         return None
+    if not isinstance(constants, (tuple, list)):
+        raise TypeError(
+            "divergence_constants must return a tuple of tensors, or of such tuples, got "
+            f"{type(constants).__name__} in it"
+        )
     return tuple(_flattened(part, found) for part in constants)
 
 
@@ -123,6 +131,8 @@ _CLOSED_FORMS = (
 
 class _BoundField:
     """A field as f(t, x, context), whichever of the two signatures it has."""
+
+    forms_checked = True  # whether its closed forms are its own: once a solve
 
     def __init__(self, field: Field) -> None:
         self.field = field
@@ -175,6 +185,8 @@ class _Caller(nn.Module):
 
 class _EachInTime:
     """A field of one time a sample: each sample as a batch of one, vectorised over samples."""
+
+    forms_checked = True
 
     def __init__(self, field: _BoundField, *, constants_too: bool) -> None:
         self.field = field

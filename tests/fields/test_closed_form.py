@@ -219,3 +219,170 @@ def test_sums_that_are_refused():
         cnf.SumField(cnf.MLPField(2), cnf.MLPField(3))
     with pytest.raises(ValueError, match=r"context features.*1, 2"):
         cnf.SumField(cnf.MLPField(2, context=1), cnf.MLPField(2, context=2))
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, h):
+        return 2 * super().forward(h)
+
+
+class SineOfOther(nn.Module):
+    def forward(self, a):
+        return a.sin()
+
+    def value_and_slope(self, a):
+        return a.sin(), a.cos()
+
+
+class SineDoubled(SineOfOther):
+    def forward(self, a):
+        return (2 * a).sin()
+
+
+def with_prehook():
+    field = cnf.MLPField(2, (4, 3))
+    field.network[0].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    return field
+
+
+def with_another_linear():
+    field = cnf.MLPField(2, (4, 3))
+    field.network[2] = DoubledLinear(4, 3)
+    return field
+
+
+def patched(name, part=None):
+    def make():
+        field = cnf.MLPField(2, (4, 3))
+        target = field if part is None else field.network[part]
+        old = getattr(target, name)
+        setattr(target, name, lambda *a: 2 * old(*a))
+        return field
+
+    return make
+
+
+def squash_with_another_layer():
+    field = cnf.ConcatSquashField(2, (4, 3), gated_output=False)
+    other = type("Other", (type(field.layers[1]),), {})
+    field.layers[1].__class__ = other
+    other.forward = lambda self, s, x: (2 * self.linear(x), s.new_ones(1))
+    return field
+
+
+STALE = {
+    "hook before": with_prehook,
+    "another kind of layer": with_another_linear,
+    "patched forward": patched("forward"),
+    "patched derivative": patched("derivative"),
+    "patched layer": patched("forward", 2),
+    "patched activation": patched("forward", 1),
+    "activation of a subclass": lambda: cnf.MLPField(2, (4, 3), activation=SineDoubled()),
+    "branch of a subclass": lambda: cnf.SumField(cnf.LinearField(2), Doubled(2, (4, 3))),
+    "another layer in squash": squash_with_another_layer,
+}
+
+
+@pytest.mark.parametrize("make", STALE.values(), ids=STALE)
+def test_what_is_not_as_built_has_no_closed_form(make):
+    field = randomised(make())
+    t, x = torch.tensor(0.3, dtype=torch.float64), normal(5, 2).requires_grad_()
+    assert not offers(field, "closed_form")
+    assert not offers(field, "closed_quadratic_form")
+    truth = jacobian(field, t, x, None)[1].diagonal(dim1=1, dim2=2).sum(1)
+    agree(cnf.Exact()(field, t, x)[1], truth)
+
+
+def test_hooks_of_all_modules_are_seen():
+    everywhere = torch.nn.modules.module
+    handle = everywhere.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert not offers(cnf.MLPField(2), "closed_form")
+    finally:
+        handle.remove()
+    assert offers(cnf.MLPField(2), "closed_form")
+
+
+def test_a_callable_that_is_no_module():
+    class Linear:
+        def __call__(self, t, x):
+            return 3 * x
+
+        def with_divergence(self, t, x, context):
+            return 3 * x, x.new_full(x.shape[:1], 3.0 * x.shape[1])
+
+    class Square(Linear):
+        def __call__(self, t, x):
+            return x**2
+
+    assert cnf.CNF(Linear()).divergence == cnf.Exact()
+    assert cnf.CNF(Square()).divergence == cnf.Hutchinson()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": 1, "groups": 2},
+    ],
+    ids=str,
+)
+def test_convolutions_of_other_kinds_have_none(layer):
+    field = cnf.ConvField((1, 5, 4), (4, 4))
+    field.layers[1] = nn.Conv2d(4, 4, 3, **layer)
+    assert not field.closed_form
+    assert not field.closed_quadratic_form
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_hooks_on_weights_run():
+    """The old spectral_norm computes its weight in a hook on the layer."""
+    field = cnf.MLPField(2, (4, 3))
+    nn.utils.spectral_norm(field.network[0])
+    cnf.CNF(field).inverse_and_log_det(torch.randn(5, 2))[1].sum().backward()
+    assert field.network[0].weight_orig.grad is not None
+    hollow = cnf.HollowField(2)
+    hollow.tau[0].register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(ValueError, match=r"hooks.*parametrizations"):
+        hollow(torch.tensor(0.5), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("kind", [cnf.MLPField, cnf.ConcatSquashField, cnf.PotentialField])
+@pytest.mark.parametrize(
+    "divergence",
+    [cnf.Exact(), cnf.Hutchinson(), cnf.Hutchinson("orthogonal", 2), cnf.HutchPlusPlus(1, 2)],
+    ids=str,
+)
+def test_events_that_are_numbers(kind, divergence):
+    options = {"gated_output": False} if kind is cnf.ConcatSquashField else {}
+    field = randomised(kind((), (5, 5), **options))
+    x = normal(4)
+    flow = cnf.CNF(field, divergence)
+    log_det = flow.inverse_and_log_det(x)[1]
+    truth = flow.inverse_and_log_det(x, divergence=cnf.Exact(closed_form=False))[1]
+    torch.testing.assert_close(log_det, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_an_activation_in_place_keeps_its_argument():
+    field = randomised(cnf.MLPField(2, (4, 3), activation=nn.ELU(inplace=True)))
+    t, x, _ = arguments(field)
+    gradients(field.with_divergence(t, x)[1], list(field.parameters()))
+
+
+@pytest.mark.parametrize(
+    "constants", [None, (None,), (2.0,), "ab", {"a": 1}, torch.ones(3)], ids=str
+)
+def test_constants_that_are_refused(constants):
+    class Field(nn.Module):
+        def forward(self, t, x):
+            return x
+
+        def divergence_constants(self):
+            return constants
+
+        def with_divergence(self, t, x, context, constants):
+            return x, x.sum(1)
+
+    with pytest.raises(TypeError, match="divergence_constants must return a tuple"):
+        cnf.CNF(Field()).inverse_and_log_det(torch.randn(3, 2))

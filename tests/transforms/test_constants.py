@@ -156,3 +156,32 @@ def test_many_products_are_announced():
     with pytest.warns(RuntimeWarning, match="takes 300 products.*Hutchinson"):
         flow.log_prob(torch.randn(1, 300))
     cnf.FFJORD(300, (4,), divergence="exact").log_prob(torch.randn(1, 300))  # none
+
+
+class OtherValues(OwnField):
+    def with_divergence(self, t, x, context, constants):
+        dx, div = super().with_divergence(t, x, context, constants)
+        return 1.5 * dx, div
+
+
+def test_the_audit_compares_its_values_with_the_field():
+    flow = cnf.Flow(cnf.StandardNormal(3), cnf.CNF(OtherValues(), "exact")).double()
+    audit = cnf.check(flow, torch.randn(8, 3).double(), gradients=[], verbose=False)
+    row = next(row for row in audit.rows if row.name == "divergence")
+    assert not row.ok
+    assert "another dx" in row.verdict
+
+
+class Misshapen(OwnField):
+    def with_divergence(self, t, x, context, constants):
+        return self(t, x), constants[0].expand(len(x), 1)
+
+
+def test_a_divergence_of_a_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"div of shape \(B,\) = \(4,\), got div of \(4, 1\)"):
+        cnf.CNF(Misshapen(), "exact").inverse_and_log_det(torch.randn(4, 3).double())
+
+
+def test_a_number_is_no_noise():
+    with pytest.raises(TypeError, match=r"use Hutchinson\(probes=16\)"):
+        Hutchinson(16)
