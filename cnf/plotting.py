@@ -304,9 +304,9 @@ def plot_trace(comparison: TraceComparison) -> Figure:
             style = {"textcoords": "offset points", "xytext": (-4, 0), "fontsize": 8}
             style |= {"rotation": 90, "va": "top", "ha": "right", "color": colour}
             style |= {"xycoords": ax.get_xaxis_transform()}
-            ax.annotate(f"{row.name}: no noise", (ms, 0.98), **style)
+            ax.annotate(row.name, (ms, 0.98), **style)
     ax.set(xscale="log", xlabel="time of a log-likelihood (ms)")
-    ax.set_ylabel("standard deviation of log p by the noise (nats)")
+    ax.set_ylabel("standard deviation of log p by the noise (nats); lines: none")
     if any(row.std > 0 for row in timed):
         ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
