@@ -306,7 +306,7 @@ def plot_trace(comparison: TraceComparison) -> Figure:
             style |= {"xycoords": ax.get_xaxis_transform()}
             ax.annotate(row.name, (ms, 0.98), **style)
     ax.set(xscale="log", xlabel="time of a log-likelihood (ms)")
-    ax.set_ylabel("standard deviation of log p by the noise (nats); lines: none")
+    ax.set_ylabel("std of log p by the noise (nats); lines: none")
     if any(row.std > 0 for row in timed):
         ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):

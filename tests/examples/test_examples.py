@@ -117,3 +117,12 @@ def test_an_unusable_device_is_told_without_a_traceback(tmp_path):
 def test_a_single_step_is_a_run_too(tmp_path):
     done = run("table.py", "--steps", 1, "--out", tmp_path / "run")
     assert "1 steps" in done.stdout
+
+
+def test_traces_are_compared_on_a_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    done = run("trace.py", "--steps", 3, "--hidden", 8, 8, "--out", out)
+    assert "(exact trace)" in done.stdout
+    assert "exact, closed form" in done.stdout
+    assert "USDT" not in done.stderr
+    assert (out / "trace.png").stat().st_size > 0
