@@ -121,7 +121,7 @@ def test_the_estimate_is_unbiased(noise: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
-    transform, z = cnf.CNF(cnf.MLPField(4, (8,))), torch.randn(5, 4)
+    transform, z = cnf.CNF(cnf.MLPField(4, (8,)), "hutchinson"), torch.randn(5, 4)
     first, second, other = (
         transform.forward_and_log_det(z, generator=seeded(seed))[1] for seed in (1, 1, 2)
     )
@@ -144,7 +144,7 @@ def test_the_noise_is_drawn_once_a_solve_of_the_shape_of_the_batch() -> None:
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 def test_random_draws_between_forward_and_backward_change_nothing(gradient: str) -> None:
-    transform = cnf.CNF(cnf.MLPField(4, (8,)), solver=cnf.Solver(gradient=gradient))
+    transform = cnf.CNF(cnf.MLPField(4, (8,)), "hutchinson", solver=cnf.Solver(gradient=gradient))
     batches = torch.randn(4, 4), torch.randn(5, 4)
 
     def gradients(disturb: bool) -> list[Tensor]:
