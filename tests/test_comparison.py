@@ -226,7 +226,7 @@ def test_few_draws_and_no_training_step_where_the_budget_ends(monkeypatch) -> No
     assert 2 <= row.draws < 5000
     assert f"{row.draws} draws" in row.note
     assert math.isfinite(row.bias)
-    monkeypatch.setattr("cnf.comparison._MEMORY", 1)
+    monkeypatch.setattr("cnf.comparison.trial._MEMORY", 1)
     (row,) = quick(flow, x, estimators=["hutchinson"]).rows
     assert "no training step: about" in row.note
     assert "GiB" in row.note

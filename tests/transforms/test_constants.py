@@ -150,6 +150,22 @@ def test_compiled(divergence):
     torch.testing.assert_close(grads, truth_grads, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore", "error:compile=True")
+def test_a_compiled_standard_error():
+    """One field compiled both with and without the estimate of each probe."""
+    flow = cnf.FFJORD(3, (8, 8), divergence=Hutchinson(probes=3)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+
+    def found(compiled, **choices):
+        solver = Solver("euler", steps=1, compile=compiled)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            return flow.log_prob(x, solver=solver, generator=generator, **choices)
+
+    torch.testing.assert_close(found(True), found(False))
+    torch.testing.assert_close(found(True, return_stderr=True), found(False, return_stderr=True))
+
+
 def test_many_products_are_announced():
     field = Hidden(cnf.MLPField(300, (4,)))
     flow = cnf.Flow(cnf.StandardNormal(300), cnf.CNF(field, "exact", Solver("euler", steps=1)))
