@@ -5,7 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["check_bool", "check_choice", "check_count", "check_number"]
+import torch
+
+__all__ = ["check_bool", "check_choice", "check_count", "check_number", "tracing"]
+
+
+def tracing() -> bool:
+    """Whether values cannot be looked at: under torch.compile and torch.func's transforms."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], other: str = "") -> None:

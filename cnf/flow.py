@@ -14,10 +14,12 @@ from cnf.checks import check_bool
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, as_divergence
 from cnf.ode import Solver, TorchDiffEq
+from cnf.ode.inputs import check_finite, check_floating
 from cnf.ode.odeint import as_solver
-from cnf.transforms.base import Choices, Compose, Transform
+from cnf.transforms.base import Choices, Transform
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
+from cnf.transforms.inputs import check_like
 
 __all__ = ["Flow"]
 
@@ -58,7 +60,7 @@ class Flow(nn.Module):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
-        return self.base.event_shape
+        return self.transform.event_shape or self.base.event_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None, **choices: Any) -> Tensor:
         """`log_prob`, so that DDP wraps a flow as any module."""
@@ -149,6 +151,7 @@ class Flow(nn.Module):
         self, x: Tensor, context: Tensor | None, choices: Choices
     ) -> tuple[Tensor, Tensor]:
         """Log-density (*batch,), and its standard error, zero where no variance is noted."""
+        self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
         log_prob = self.base.log_prob(z) + log_det
         variance = sum(choices.get("variances", []), torch.zeros_like(log_prob))
@@ -191,6 +194,7 @@ class Flow(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
+            self._check_values(x, context)
             z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
             log_prob = self.base.log_prob(z) + log_det
             (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
@@ -338,6 +342,7 @@ class Flow(nn.Module):
         """Base samples (*shape, *context_batch, *event)."""
         if context is not None:
             check_context(context)
+        self._check_values(None, context)
         batch = () if context is None else tuple(context.shape[:-1])
         return self.base.rsample((*_sample_shape(shape), *batch), generator)
 
@@ -348,6 +353,18 @@ class Flow(nn.Module):
         if x.ndim < len(event) or tuple(x.shape[x.ndim - len(event) :]) != event:
             expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
+
+    def _check_values(self, x: Tensor | None, context: Tensor | None) -> None:
+        """Refuse x and context that are not finite; a `CNF` does so itself."""
+        if isinstance(self.transform, CNF):
+            return
+        if x is not None:
+            check_floating(x)
+            check_like(x, self.transform)
+            check_finite(x, x.ndim - len(self.event_shape))
+        if context is not None:
+            check_context(context)
+            check_finite(context, context.ndim - 1, "context")
 
     def _log_prob_of_finite(
         self, x: Tensor, context: Tensor | None, choices: Choices
@@ -363,16 +380,14 @@ class Flow(nn.Module):
 
 
 def _check_events(event_shape: tuple[int, ...], transform: Transform) -> None:
-    """Refuse a CNF that reads samples of another shape than the base draws."""
-    for part in transform if isinstance(transform, Compose) else [transform]:
-        if not isinstance(part, CNF):
-            continue
-        shape = getattr(part.field, "event_shape", None)
-        if shape is not None and tuple(shape) != event_shape:
-            raise ValueError(
-                f"base has event_shape {event_shape}, but the field has {tuple(shape)}"
-            )
-        if part.event_dims != len(event_shape):
+    """Refuse a transform that reads samples of another shape than the base draws."""
+    if transform.base_shape not in (None, event_shape):
+        raise ValueError(
+            f"base has event_shape {event_shape}, but the transform reads base samples of shape "
+            f"{transform.base_shape}"
+        )
+    for part in transform.modules():
+        if isinstance(part, CNF) and part.event_dims != len(event_shape):
             raise ValueError(
                 f"base has event_shape {event_shape}, but the CNF has event_dims="
                 f"{part.event_dims}; use CNF(field, ..., event_dims={len(event_shape)})"

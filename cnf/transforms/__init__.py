@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from cnf.transforms.base import Choices, Compose, Inverse, Transform
 from cnf.transforms.continuous import CNF
+from cnf.transforms.discrete import DiscreteTransform
 
-__all__ = ["CNF", "Choices", "Compose", "Inverse", "Transform"]
+__all__ = ["CNF", "Choices", "Compose", "DiscreteTransform", "Inverse", "Transform"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cnf.divergence import Divergence
     from cnf.ode import Solver, TorchDiffEq
 
-__all__ = ["Choices", "Compose", "Inverse", "Transform"]
+__all__ = ["Choices", "Compose", "Inverse", "Transform", "check_choices"]
 
 
 class Choices(TypedDict, total=False):
@@ -34,10 +34,22 @@ class Choices(TypedDict, total=False):
     variances: list[Tensor]
 
 
+def check_choices(choices: Choices) -> None:
+    """Refuse keywords that are no choices.
+
+    Raises:
+        TypeError: with the names of those that are.
+    """
+    if unknown := sorted(choices.keys() - Choices.__annotations__.keys()):
+        known = ", ".join(Choices.__annotations__)
+        raise TypeError(f"{', '.join(unknown)} cannot be chosen in a call; choose {known}")
+
+
 class Transform(nn.Module, ABC):
     """An invertible, differentiable map x = f(z), from base to data.
 
-    To add a kind, inherit, and
+    To add a kind with samples of a fixed shape, inherit from `DiscreteTransform`, which checks its
+    input. To add any other, inherit from here, and
 
     1. write `forward_and_log_det(z, context=None, **choices)`: x and log |det df/dz|;
     2. write `inverse_and_log_det(x, context=None, **choices)`: z and log |det df^-1/dx|;
@@ -46,7 +58,17 @@ class Transform(nn.Module, ABC):
     5. `choices` concern transforms that solve ODEs: others ignore them, containers pass them on.
 
     Assumed, not checked: each direction is the inverse of the other.
+
+    Attributes:
+        event_shape: shape of a data sample x, where it is fixed, else None.
+        base_shape: shape of a base sample z, where it is fixed, else None.
+        takes_context: whether it can be given context. Containers hand context to the transforms
+            that take it, and leave it out for the others.
     """
+
+    event_shape: tuple[int, ...] | None = None
+    base_shape: tuple[int, ...] | None = None
+    takes_context: bool = True
 
     @abstractmethod
     def forward_and_log_det(
@@ -78,12 +100,15 @@ class Compose(Transform):
 
         log |det df/dz| = sum_k log |det df_k/dz_{k-1}|
 
+    Context goes to those of them that take it.
+
     Args:
         transforms: f_1, ..., f_K, in the order from base to data; at least one.
 
     Raises:
         TypeError: an argument that is not a Transform.
-        ValueError: no argument.
+        ValueError: no argument, or neighbours of different shapes; in a call, context that none of
+            them takes.
 
     Example:
         >>> import cnf
@@ -103,6 +128,12 @@ class Compose(Transform):
                     f"transforms[{i}] must be a Transform, got {type(transform).__name__}"
                 )
         self.transforms = nn.ModuleList(transforms)
+        self.base_shape, self.event_shape = _shapes_of(transforms)
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        """Whether one of them takes context."""
+        return any(transform.takes_context for transform in self)
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)  # type: ignore[arg-type]
@@ -114,10 +145,10 @@ class Compose(Transform):
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """x = f(z) and the sum of the log-determinants."""
-        first, *rest = self
-        x, log_det = first.forward_and_log_det(z, context, **choices)
-        for transform in rest:
-            x, more = transform.forward_and_log_det(x, context, **choices)
+        (first, own), *rest = self._with_context(context)
+        x, log_det = first.forward_and_log_det(z, own, **choices)
+        for transform, own in rest:
+            x, more = transform.forward_and_log_det(x, own, **choices)
             log_det = log_det + more
         return x, log_det
 
@@ -125,10 +156,10 @@ class Compose(Transform):
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """z = f^-1(x) and the sum of the log-determinants."""
-        *rest, last = self
-        z, log_det = last.inverse_and_log_det(x, context, **choices)
-        for transform in reversed(rest):
-            z, more = transform.inverse_and_log_det(z, context, **choices)
+        *rest, (last, own) = self._with_context(context)
+        z, log_det = last.inverse_and_log_det(x, own, **choices)
+        for transform, own in reversed(rest):
+            z, more = transform.inverse_and_log_det(z, own, **choices)
             log_det = log_det + more
         return z, log_det
 
@@ -136,17 +167,47 @@ class Compose(Transform):
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> Tensor:
         """x = f(z), without the log-determinant."""
-        for transform in self:
-            z = transform.forward(z, context, **choices)
+        for transform, own in self._with_context(context):
+            z = transform.forward(z, own, **choices)
         return z
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> Tensor:
         """z = f^-1(x), without the log-determinant."""
-        for transform in reversed(list(self)):
-            x = transform.inverse(x, context, **choices)
+        for transform, own in reversed(self._with_context(context)):
+            x = transform.inverse(x, own, **choices)
         return x
+
+    def _with_context(self, context: Tensor | None) -> list[tuple[Transform, Tensor | None]]:
+        """Each transform and the context for it."""
+        if context is not None and not self.takes_context:
+            raise ValueError(
+                f"context was given, but none of the {len(self)} transforms takes one; leave "
+                "context out, or build one of them with context"
+            )
+        return [(t, context if t.takes_context else None) for t in self]
+
+
+def _shapes_of(
+    transforms: Sequence[Transform],
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """The shape of a base and of a data sample, where known.
+
+    Raises:
+        ValueError: a transform whose samples are not of the shape that the next one reads.
+    """
+    base = shape = transforms[0].base_shape
+    for i, transform in enumerate(transforms):
+        reads = transform.base_shape
+        if shape is not None and reads is not None and shape != reads:
+            raise ValueError(
+                f"transforms[{i}], a {type(transform).__name__}, has the base shape {reads}, but "
+                f"what comes before it gives samples of shape {shape}"
+            )
+        base = reads if base is None else base
+        shape = transform.event_shape or shape
+    return base, shape
 
 
 class Inverse(Transform):
@@ -171,6 +232,12 @@ class Inverse(Transform):
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
         self.transform = transform
+        self.base_shape, self.event_shape = transform.event_shape, transform.base_shape
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        """Whether the transform within takes context."""
+        return self.transform.takes_context
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]

@@ -17,9 +17,10 @@ from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
-from cnf.transforms.base import Choices, Transform
+from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.dynamics import Dynamics, normal
+from cnf.transforms.inputs import check_context_like, check_like
 from cnf.transforms.times import Time, as_number, check_end_times, path_times
 
 if TYPE_CHECKING:
@@ -87,7 +88,13 @@ class CNF(Transform):
         elif isinstance(event_dims, bool) or not isinstance(event_dims, int) or event_dims < 0:
             raise ValueError(f"event_dims={event_dims!r} must be a number of dimensions, 0 or more")
         self.event_dims = event_dims
+        self.event_shape = self.base_shape = None if shape is None else tuple(shape)
         self.base_time, self.data_time = check_end_times(times)
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        """Whether the field is a function of context, and was built with some where it says so."""
+        return self.context_use != "none" and getattr(self.field, "context", 1) != 0
 
     @property
     def times(self) -> tuple[Time, Time]:
@@ -179,10 +186,7 @@ class CNF(Transform):
         *,
         log_det: bool,
     ) -> tuple[Tensor, Tensor]:
-        unknown = sorted(choices.keys() - Choices.__annotations__.keys())
-        if unknown:
-            known = ", ".join(Choices.__annotations__)
-            raise TypeError(f"{', '.join(unknown)} cannot be chosen in a call; choose {known}")
+        check_choices(choices)
         if torch.is_inference_mode_enabled():
             # A divergence needs autograd, which inference mode forbids.
             with torch.inference_mode(False), torch.no_grad():
@@ -254,12 +258,7 @@ class CNF(Transform):
                 f"context of shape {tuple(context.shape)} was given, but the field is a function "
                 "of (t, x) alone; leave context out or use a field f(t, x, context)"
             )
-        if context.device != x.device:
-            raise ValueError(
-                f"context is on {context.device} but x is on {x.device}; use context.to(x)"
-            )
-        if context.dtype != x.dtype:
-            raise TypeError(f"context is {context.dtype} but x is {x.dtype}; use context.to(x)")
+        check_context_like(context, x)
         check_finite(context, context.ndim - 1, "context")
         return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
 
@@ -270,24 +269,9 @@ class CNF(Transform):
                 f"x has shape {tuple(x.shape)}, expected (*batch, *event) with {self.event_dims} "
                 "event dimensions"
             )
-        self._check_like_parameters(x)
+        if isinstance(self.field, nn.Module):
+            check_like(x, self.field)
         check_finite(x, x.ndim - self.event_dims)
-
-    def _check_like_parameters(self, x: Tensor) -> None:
-        field = self.field
-        parameter = next(field.parameters(), None) if isinstance(field, nn.Module) else None
-        if parameter is None:
-            return
-        if parameter.device != x.device:
-            raise ValueError(
-                f"x is on {x.device} but the parameters are on {parameter.device}; "
-                f"use x.to({str(parameter.device)!r}) or module.to({str(x.device)!r})"
-            )
-        if parameter.is_floating_point() and parameter.dtype != x.dtype:
-            raise TypeError(
-                f"x is {x.dtype} but the parameters are {parameter.dtype}; use "
-                f"x.to({parameter.dtype}) or module.to({x.dtype})"
-            )
 
     def _explained(self, error: SolverError) -> SolverError:
         """The error, with the name of the first parameter that is not finite."""

@@ -1,0 +1,149 @@
+"""`DiscreteTransform`: what the layers of discrete flows share, their checks and batch shapes."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cnf.fields.base import event_shape_of
+from cnf.transforms.base import Choices, Transform, check_choices
+from cnf.transforms.context import check_context, expand_context
+from cnf.transforms.inputs import check_context_like, check_event, check_like
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["DiscreteTransform", "check_context_size"]
+
+Formula = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(B, *event), (B, C) or None -> (B, *event), (B,)."""
+
+
+class DiscreteTransform(Transform):
+    """A transform of samples of a fixed shape, given by a formula for each direction.
+
+    To add a kind, inherit, and
+
+    1. call `super().__init__(features, context)`;
+    2. write `to_data(z, context)`: z (B, *base), context (B, C) or None -> x (B, *event) and
+       log |det dx/dz| (B,);
+    3. write `to_base(x, context)`: x (B, *event) -> z (B, *base) and log |det dz/dx| (B,).
+
+    Any batch dimensions, the broadcast of context, and the checks of both are done here.
+
+    Args:
+        features: dimensions of a data sample, D, or its shape, such as (C, H, W).
+        context: number of context features, 0 for none.
+        base_shape: shape of a base sample, where it is another.
+
+    Raises:
+        TypeError: in a call, x or context of a wrong dtype, or an unknown choice.
+        ValueError: a size that is not positive; in a call, x or context of a wrong shape or device,
+            context missing or not expected.
+
+    Example:
+        >>> import torch
+        >>> class Double(DiscreteTransform):
+        ...     def to_data(self, z, context):
+        ...         return 2 * z, z.new_full((len(z),), math.log(2) * z[0].numel())
+        ...     def to_base(self, x, context):
+        ...         return x / 2, x.new_full((len(x),), -math.log(2) * x[0].numel())
+        >>> Double(3).forward_and_log_det(torch.ones(1, 3))
+        (tensor([[2., 2., 2.]]), tensor([2.0794]))
+    """
+
+    event_shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        context: int = 0,
+        *,
+        base_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_context_size(context)
+        self.event_shape = event_shape_of(features)
+        self.base_shape = self.event_shape if base_shape is None else tuple(base_shape)
+        self.context = context
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        """Whether it was built with context."""
+        return self.context > 0
+
+    @property
+    def dims(self) -> int:
+        """The number of dimensions of one sample."""
+        return math.prod(self.event_shape)
+
+    @abstractmethod
+    def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, *event) and log |det dx/dz| (B,) for z (B, *base), context (B, C)."""
+
+    @abstractmethod
+    def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z (B, *base) and log |det dz/dx| (B,) for x (B, *event), context (B, C)."""
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """x = f(z) (*batch, *event) and log |det df/dz| (*batch,)."""
+        check_choices(choices)
+        return self._on_batch(self.to_data, z, context, self.base_shape)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """z = f^-1(x) (*batch, *event) and log |det df^-1/dx| (*batch,)."""
+        check_choices(choices)
+        return self._on_batch(self.to_base, x, context, self.event_shape)
+
+    def _on_batch(
+        self, formula: Formula, x: Tensor, context: Tensor | None, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """A formula of one batch dimension, on x of any."""
+        check_event(x, shape)
+        check_like(x, self)
+        batch = x.shape[: x.ndim - len(shape)]
+        context = self._expanded(context, batch, x)
+        if len(batch) == 1:
+            return formula(x, context)
+        n = batch.numel()
+        context = None if context is None else context.reshape(n, self.context)
+        value, log_det = formula(x.reshape(n, *shape), context)
+        return value.reshape(*batch, *value.shape[1:]), log_det.reshape(batch)
+
+    def _expanded(self, context: Tensor | None, batch: Sequence[int], x: Tensor) -> Tensor | None:
+        """Context, checked, broadcast against the batch (*batch, C)."""
+        if context is None:
+            if self.context:
+                raise ValueError(
+                    f"context is missing: this {type(self).__name__} was built with "
+                    f"context={self.context}; pass context of shape (..., {self.context})"
+                )
+            return None
+        check_context(context)
+        if not self.context:
+            raise ValueError(
+                f"context of shape {tuple(context.shape)} was given, but this "
+                f"{type(self).__name__} takes none; leave it out, or build it with "
+                f"context={context.shape[-1]} if its kind can"
+            )
+        if context.shape[-1] != self.context:
+            raise ValueError(
+                f"context has {context.shape[-1]} features, expected context={self.context}"
+            )
+        check_context_like(context, x)
+        return expand_context(context, batch)
+
+
+def check_context_size(context: int) -> None:
+    """Refuse what is not a number of context features."""
+    if isinstance(context, bool) or not isinstance(context, int) or context < 0:
+        raise ValueError(f"context={context!r} must be a number of features, 0 for none")

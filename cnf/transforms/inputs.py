@@ -1,0 +1,63 @@
+"""What a transform accepts as samples and context; everything else is refused with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from torch import Tensor, nn
+
+from cnf.ode.inputs import check_floating
+
+__all__ = ["check_context_like", "check_event", "check_like"]
+
+
+def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
+    """Refuse what is not a float tensor (*batch, *event).
+
+    Raises:
+        TypeError: not a tensor, or of another dtype than float32 and float64.
+        ValueError: of another shape.
+    """
+    check_floating(x)
+    event = tuple(event_shape)
+    if x.ndim < len(event) or x.shape[x.ndim - len(event) :] != event:
+        expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
+
+
+def check_like(x: Tensor, module: nn.Module) -> None:
+    """Refuse x of another device or dtype than the module's.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device.
+    """
+    own = next(chain(module.parameters(), module.buffers()), None)
+    if own is None:
+        return
+    if own.device != x.device:
+        raise ValueError(
+            f"x is on {x.device} but the parameters are on {own.device}; "
+            f"use x.to({str(own.device)!r}) or module.to({str(x.device)!r})"
+        )
+    if own.is_floating_point() and own.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} but the parameters are {own.dtype}; use "
+            f"x.to({own.dtype}) or module.to({x.dtype})"
+        )
+
+
+def check_context_like(context: Tensor, x: Tensor) -> None:
+    """Refuse context of another device or dtype than x.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device.
+    """
+    if context.device != x.device:
+        raise ValueError(
+            f"context is on {context.device} but x is on {x.device}; use context.to(x)"
+        )
+    if context.dtype != x.dtype:
+        raise TypeError(f"context is {context.dtype} but x is {x.dtype}; use context.to(x)")
