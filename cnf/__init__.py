@@ -38,7 +38,19 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
-from cnf.models import FFJORD
+from cnf.models import (
+    FFJORD,
+    HINT,
+    IAF,
+    MAF,
+    NICE,
+    Glow,
+    NeuralSpline,
+    PlanarFlow,
+    RadialFlow,
+    RealNVP,
+    SylvesterFlow,
+)
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import Solver, TorchDiffEq, odeint, record_solves
 from cnf.transforms import CNF, Compose, Inverse, Transform
@@ -48,6 +60,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CNF",
     "FFJORD",
+    "HINT",
+    "IAF",
+    "MAF",
+    "NICE",
     "CheckpointError",
     "Compose",
     "ConcatSquashField",
@@ -55,6 +71,7 @@ __all__ = [
     "Divergence",
     "Exact",
     "Flow",
+    "Glow",
     "HollowField",
     "HutchPlusPlus",
     "Hutchinson",
@@ -62,11 +79,16 @@ __all__ = [
     "LinearField",
     "MLPField",
     "MaximumLikelihood",
+    "NeuralSpline",
+    "PlanarFlow",
     "PotentialField",
+    "RadialFlow",
+    "RealNVP",
     "Solver",
     "SolverError",
     "StandardNormal",
     "SumField",
+    "SylvesterFlow",
     "TorchDiffEq",
     "TrainingError",
     "Transform",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, transforms
 
-__all__ = ["Base", "DistributionBase", "StandardNormal", "as_base"]
+__all__ = ["Base", "DistributionBase", "StandardNormal", "as_base", "base_for"]
 
 
 class Base(nn.Module, ABC):
@@ -177,3 +177,17 @@ def _owners(distribution: Distribution) -> list[tuple[str, object]]:
 def as_base(base: Base | Distribution) -> Base:
     """A base module as it is, a torch distribution wrapped in one."""
     return base if isinstance(base, Base) else DistributionBase(base)
+
+
+def base_for(event_shape: tuple[int, ...], base: Base | Distribution | None) -> Base:
+    """The base density of a model: the standard normal where none is given.
+
+    Raises:
+        ValueError: a base of another shape.
+    """
+    made = StandardNormal(*event_shape) if base is None else as_base(base)
+    if made.event_shape != event_shape:
+        raise ValueError(
+            f"base has event_shape {made.event_shape}, expected features={event_shape}"
+        )
+    return made

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 import torch
 
-__all__ = ["check_bool", "check_choice", "check_count", "check_number", "tracing"]
+__all__ = ["check_bool", "check_choice", "check_count", "check_number", "check_positive", "tracing"]
 
 
 def tracing() -> bool:
@@ -43,6 +44,13 @@ def check_number(name: str, value: float) -> None:
     """Refuse what is not a real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse what is not a positive, finite number."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be positive and finite")
 
 
 def check_bool(name: str, value: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 """Every activation that has a name."""
 
 
-def activation(choice: str | nn.Module) -> nn.Module:
+def activation(
+    choice: str | nn.Module, names: Mapping[str, type[nn.Module]] = ACTIVATIONS
+) -> nn.Module:
     """A new activation module, from its name or as a copy of a module.
 
     Raises:
@@ -59,10 +61,10 @@ def activation(choice: str | nn.Module) -> nn.Module:
     if not isinstance(choice, str):
         raise TypeError(
             f"activation must be a name or a module, got {type(choice).__name__}; "
-            f"names are {', '.join(ACTIVATIONS)}"
+            f"names are {', '.join(names)}"
         )
-    check_choice("activation", choice, ACTIVATIONS, ", or a module")
-    return ACTIVATIONS[choice]()
+    check_choice("activation", choice, names, ", or a module")
+    return names[choice]()
 
 
 def has_slope(activation: nn.Module) -> bool:

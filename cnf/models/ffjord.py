@@ -1,4 +1,4 @@
-"""Models: constructors that compose bases, transforms and fields; every one is a `Flow`."""
+"""FFJORD: a flow of neural ODEs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributions import Distribution
 
-from cnf.base import Base, StandardNormal, as_base
+from cnf.base import Base, base_for
 from cnf.checks import check_count
 from cnf.divergence import Divergence
 from cnf.fields import MLPField
@@ -79,11 +79,7 @@ class FFJORD(Flow):
                 f"cnf.MLPField; got {type(field).__name__}; for a ready field use "
                 "cnf.Flow(cnf.StandardNormal(...), cnf.CNF(field))"
             )
-        base = StandardNormal(*event_shape) if base is None else as_base(base)
-        if base.event_shape != event_shape:
-            raise ValueError(
-                f"base has event_shape {base.event_shape}, expected features={event_shape}"
-            )
+        base = base_for(event_shape, base)
         steps: list[Transform] = [
             CNF(
                 field(features, hidden, context=context, **options),
