@@ -67,8 +67,9 @@ class StandardNormal(Base):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (*batch,) of z (*batch, *event)."""
-        n = z.ndim - len(self.event_shape)
-        squares = z.square().unsqueeze(-1).flatten(n).sum(-1)  # (*batch, *event) -> (*batch,)
+        squares = z.square()
+        if self.event_shape:
+            squares = squares.sum(tuple(range(-len(self.event_shape), 0)))  # -> (*batch,)
         return -0.5 * (squares + math.prod(self.event_shape) * math.log(2 * math.pi))
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

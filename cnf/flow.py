@@ -142,20 +142,20 @@ class Flow(nn.Module):
         if return_stderr:
             choices["variances"] = []
         if on_nonfinite == "raise":
-            log_prob, stderr = self._log_prob(x, context, choices)
+            found = self._log_prob(x, context, choices)
         else:
-            log_prob, stderr = self._log_prob_of_finite(x, context, choices)
-        return (log_prob, stderr) if return_stderr else log_prob
+            found = self._log_prob_of_finite(x, context, choices)
+        return (found[0], found[1]) if return_stderr else found[0]
 
-    def _log_prob(
-        self, x: Tensor, context: Tensor | None, choices: Choices
-    ) -> tuple[Tensor, Tensor]:
-        """Log-density (*batch,), and its standard error, zero where no variance is noted."""
+    def _log_prob(self, x: Tensor, context: Tensor | None, choices: Choices) -> list[Tensor]:
+        """Log-density (*batch,), and its standard error where variances are asked for."""
         self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
         log_prob = self.base.log_prob(z) + log_det
-        variance = sum(choices.get("variances", []), torch.zeros_like(log_prob))
-        return log_prob, variance.sqrt().detach()
+        if "variances" not in choices:
+            return [log_prob]
+        variance = sum(choices["variances"], torch.zeros_like(log_prob))
+        return [log_prob, variance.sqrt().detach()]
 
     def score(
         self,
@@ -368,15 +368,15 @@ class Flow(nn.Module):
 
     def _log_prob_of_finite(
         self, x: Tensor, context: Tensor | None, choices: Choices
-    ) -> tuple[Tensor, Tensor]:
-        """Log-density (*batch,) and its standard error, NaN for rows of x that are not finite."""
+    ) -> list[Tensor]:
+        """The same, with NaN for rows of x that are not finite."""
         batch = x.shape[: x.ndim - len(self.event_shape)]
         finite = x.isfinite().unsqueeze(-1).flatten(len(batch)).all(-1)  # (*batch,)
         if context is not None:
             context = expand_context(context, batch)[finite]
         unknown = x.new_full(batch, float("nan"))
-        log_prob, stderr = self._log_prob(x[finite], context, choices)
-        return unknown.masked_scatter(finite, log_prob), unknown.masked_scatter(finite, stderr)
+        found = self._log_prob(x[finite], context, choices)
+        return [unknown.masked_scatter(finite, values) for values in found]
 
 
 def _check_events(event_shape: tuple[int, ...], transform: Transform) -> None:

@@ -40,7 +40,7 @@ def check_choices(choices: Choices) -> None:
     Raises:
         TypeError: with the names of those that are.
     """
-    if unknown := sorted(choices.keys() - Choices.__annotations__.keys()):
+    if choices and (unknown := sorted(choices.keys() - Choices.__annotations__.keys())):
         known = ", ".join(Choices.__annotations__)
         raise TypeError(f"{', '.join(unknown)} cannot be chosen in a call; choose {known}")
 

@@ -47,7 +47,7 @@ class Matrix(nn.Module, ABC):
 
 
 class FullMatrix(Matrix):
-    """A matrix of n^2 free entries, a random rotation at first.
+    """A matrix of n^2 free entries, orthogonal and random at first.
 
     Args:
         size: n.
@@ -134,7 +134,7 @@ class QRMatrix(Matrix):
         v_i = e_i + strictly lower part of column i of F
         R = strictly upper part of F + diag d,    d_i = softplus(F_ii + const) + 0.001
 
-    |v_i| >= 1 and d > 0.001, so that A is never singular. It is a random rotation at first.
+    |v_i| >= 1 and d > 0.001, so that A is never singular. At first R = I and Q is random.
 
     Args:
         size: n.
@@ -154,7 +154,7 @@ class QRMatrix(Matrix):
                 f"reflections={reflections} must be at most the number of dimensions, {size}"
             )
         self.reflections = reflections
-        # The reflections of a Gaussian matrix make a uniformly distributed rotation.
+        # Those that take a Gaussian matrix to R: of all directions, and |F_ij| <= 1.
         self.factors = nn.Parameter(torch.geqrf(torch.randn(size, size)).a.tril(-1))
 
     def multiply(self, rows: Tensor) -> Tensor:

@@ -136,13 +136,13 @@ class Split(Transform):
                 "Squeeze before it, or leave the split out"
             )
         self.sizes = (n - n // 2, n // 2)
-        self.half = (self.sizes[0], *others)
-        if transform.event_shape not in (None, self.half):
+        self.first_shape = (self.sizes[0], *others)
+        if transform.event_shape not in (None, self.first_shape):
             raise ValueError(
                 f"transform has the event shape {transform.event_shape}, but the first half of "
-                f"samples of shape {self.event_shape} has the shape {self.half}"
+                f"samples of shape {self.event_shape} has the shape {self.first_shape}"
             )
-        _check_size("transform", transform, self.half)
+        _check_size("transform", transform, self.first_shape)
         self.transform = transform
 
     @property
@@ -155,7 +155,7 @@ class Split(Transform):
     ) -> tuple[Tensor, Tensor]:
         """x = (f(z_a), z_b) and log |det df/dz_a|."""
         a, b = self._halves(z, choices)
-        a = _reshaped(a, self.half, self.transform.base_shape)
+        a = _reshaped(a, self.first_shape, self.transform.base_shape)
         a, log_det = self.transform.forward_and_log_det(a, context, **choices)
         return self._joined(a, b), log_det
 
@@ -165,14 +165,14 @@ class Split(Transform):
         """z = (f^-1(x_a), x_b) and log |det df^-1/dx_a|."""
         a, b = self._halves(x, choices)
         a, log_det = self.transform.inverse_and_log_det(a, context, **choices)
-        return self._joined(_reshaped(a, self.transform.base_shape, self.half), b), log_det
+        return self._joined(_reshaped(a, self.transform.base_shape, self.first_shape), b), log_det
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> Tensor:
         """x = (f(z_a), z_b), without the log-determinant."""
         a, b = self._halves(z, choices)
-        a = _reshaped(a, self.half, self.transform.base_shape)
+        a = _reshaped(a, self.first_shape, self.transform.base_shape)
         return self._joined(self.transform.forward(a, context, **choices), b)
 
     def inverse(
@@ -181,7 +181,7 @@ class Split(Transform):
         """z = (f^-1(x_a), x_b), without the log-determinant."""
         a, b = self._halves(x, choices)
         a = self.transform.inverse(a, context, **choices)
-        return self._joined(_reshaped(a, self.transform.base_shape, self.half), b)
+        return self._joined(_reshaped(a, self.transform.base_shape, self.first_shape), b)
 
     def _halves(self, x: Tensor, choices: Choices) -> tuple[Tensor, ...]:
         check_choices(choices)
@@ -307,15 +307,15 @@ def _nested(stages: Sequence[Transform]) -> Transform:
             nested = Compose(Split(nested, stage.base_shape), stage)
         except ValueError as error:
             raise ValueError(
-                f"{_named(stages, i - 1)}, does not fit the half of the base samples of "
-                f"{_named(stages, i)}, that goes on to it: {error}"
+                f"{_named(stages, i - 1)} does not fit the half of the base samples of "
+                f"{_named(stages, i)} that goes on to it: {error}"
             ) from None
     return nested
 
 
 def _named(stages: Sequence[Transform], i: int) -> str:
     i %= len(stages)
-    return f"stages[{i}], a {type(stages[i]).__name__}"
+    return f"stages[{i}] (a {type(stages[i]).__name__})"
 
 
 def _check_size(name: str, transform: Transform, shape: tuple[int, ...]) -> None:

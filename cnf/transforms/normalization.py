@@ -144,9 +144,8 @@ class ActNorm(_ChannelTransform):
             if at.any():
                 c = int(at.nonzero()[0])
                 raise ValueError(
-                    f"ActNorm cannot be initialised: channel {c} {fault} in this batch, with "
-                    f"values from {float(low[c]):g} to {float(high[c]):g}; {remedy}, or leave the channel "
-                    "out"
+                    f"ActNorm cannot be initialised: channel {c} {fault} in this batch, from "
+                    f"{float(low[c]):g} to {float(high[c]):g}; {remedy}, or leave the channel out"
                 )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
