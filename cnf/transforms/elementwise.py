@@ -80,7 +80,7 @@ class Affine(Elementwise):
     Example:
         >>> x, log_slope = Affine().forward(torch.ones(1, 1), torch.tensor([[[1.0], [0.5]]]))
         >>> round(x.item(), 4), round(log_slope.item(), 4)
-        (3.0843, 0.7348)
+        (3.085, 0.7348)
     """
 
     max_log_scale: float = 3.0
