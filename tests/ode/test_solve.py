@@ -532,3 +532,15 @@ def test_odeint_works_in_inference_mode():
 def test_a_solver_by_name_is_refused_with_what_to_write():
     with pytest.raises(TypeError, match=r"use cnf\.Solver\('dopri5'\)"):
         odeint(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, "dopri5")
+
+
+def test_fixed_steps_go_through_vmap_and_jacrev() -> None:
+    torch.manual_seed(0)
+    flow = cnf.CNF(cnf.MLPField(3, (8,)), "exact", cnf.Solver("rk4", steps=4)).double()
+    z = torch.randn(5, 3).double()
+    x, log_det = flow.forward_and_log_det(z)
+    value, each = torch.func.vmap(flow.forward_and_log_det)(z)
+    assert torch.allclose(value, x, atol=1e-12)
+    assert torch.allclose(each, log_det, atol=1e-12)
+    jacobian = torch.func.vmap(torch.func.jacrev(flow.forward))(z)
+    assert torch.allclose(torch.linalg.slogdet(jacobian).logabsdet, log_det, atol=1e-4)
