@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cnf
+from cnf import transforms as layer
 
 SECONDS = 5.0
 NAN = float("nan")
@@ -443,6 +444,102 @@ def sizes() -> Iterator[Case]:
     yield Case("base-batch", lambda: cnf.FFJORD(2, base=normal), ValueError, words)
 
 
+def layers() -> Iterator[Case]:
+    """Discrete transforms and models: what cannot be built, or cannot be fed."""
+    two = ("two dimensions or more",)
+    yield Case("coupling-one-dimension", lambda: layer.Coupling(1), ValueError, two)
+    yield Case("realnvp-one-dimension", lambda: cnf.RealNVP(1), ValueError, two)
+    yield Case("hint-one-dimension", lambda: cnf.HINT(1), ValueError, two)
+    for name, mask in (("all", torch.ones(3)), ("none", torch.zeros(3))):
+        words = ("mask", "all of the 3 dimensions")
+        yield Case(f"mask-{name}", lambda m=mask: layer.Coupling(3, m.bool()), ValueError, words)
+    yield Case("mask-name", lambda: layer.Coupling(3, "half"), ValueError, ("'half'", "'halves'"))
+    yield Case("mask-float", lambda: layer.Coupling(3, torch.ones(3)), TypeError, ("mask.bool()",))
+    words = ("height 5 not divisible by 2",)
+    yield Case("squeeze-odd", lambda: layer.Squeeze((1, 5, 5)), ValueError, words)
+    yield Case("glow-odd", lambda: cnf.Glow((1, 10, 10), levels=2), ValueError, words)
+    yield Case("split-one", lambda: layer.Split(layer.Diagonal(1), 1), ValueError, ("1",))
+    yield Case("permutation-width", lambda: layer.Permutation(5, [0, 1, 2, 3]), ValueError, ("5",))
+    yield Case("planar-name", lambda: layer.Planar(2, activation="silu"), ValueError, ("'silu'",))
+    yield Case(
+        "ordering", lambda: layer.MaskedAutoregressive(3, ordering=[0, 1]), ValueError, ("[0, 1]",)
+    )
+    for rows in (0, 1):
+        yield Case(
+            f"actnorm-{rows}-rows",
+            lambda n=rows: layer.ActNorm(2).inverse(torch.zeros(n, 2)),
+            ValueError,
+            ("ActNorm", "channel"),
+        )
+    yield Case(
+        "actnorm-constant",
+        lambda: layer.ActNorm(2).inverse(torch.ones(8, 2) * torch.tensor([1.0, 2.0])),
+        ValueError,
+        ("ActNorm", "channel 0", "constant"),
+    )
+    yield Case(
+        "batchnorm-one-row",
+        lambda: layer.BatchNorm(2).train().inverse(torch.ones(1, 2)),
+        ValueError,
+        ("BatchNorm",),
+    )
+
+    def singular() -> Tensor:
+        linear = layer.Linear(2)
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
+        return linear.forward_and_log_det(points(5))[1]
+
+    yield Case("linear-singular", singular, ValueError, ("singular",))
+    makes: dict[str, Callable[[], cnf.Flow]] = {
+        "realnvp": lambda **o: cnf.RealNVP(2, 2, (8,), **o),
+        "maf": lambda **o: cnf.MAF(2, 2, (8,), **o),
+        "spline": lambda **o: cnf.NeuralSpline(2, 2, (8,), **o),
+        "planar": lambda **o: cnf.PlanarFlow(2, 2, **o),
+    }
+    x, rows64 = points(5), ("x", "1 of 64 rows", "first index 3", "remove")
+    for name, make in makes.items():
+        for value in (NAN, float("inf")):
+            yield Case(
+                f"{name}-x-{value}", lambda m=make, v=value: m().log_prob(spoilt(v)),
+                ValueError, rows64,
+            )  # fmt: skip
+        yield Case(
+            f"{name}-x-int", lambda m=make: m().log_prob(x.long()), TypeError, ("int64", "float()")
+        )
+        both = ("torch.float32", "torch.float64", "x.to(", "module.to(")
+        yield Case(f"{name}-x-f64", lambda m=make: m().log_prob(x.double()), TypeError, both)
+        meta = ("meta", "cpu", "x.to(")
+        yield Case(f"{name}-x-device", lambda m=make: m().log_prob(x.to("meta")), ValueError, meta)
+        yield Case(
+            f"{name}-module-device", lambda m=make: m().to("meta").log_prob(x), ValueError, meta
+        )
+        yield Case(
+            f"{name}-x-shape", lambda m=make: m().log_prob(points(5, 3)), ValueError,
+            ("(5, 3)", "(..., D=2)"),
+        )  # fmt: skip
+        missing = ("context is missing", "context=3")
+        yield Case(
+            f"{name}-no-context", lambda m=make: m(context=3).log_prob(x), ValueError, missing
+        )
+        yield Case(
+            f"{name}-extra-context", lambda m=make: m().log_prob(x, points(5, 3)), ValueError,
+            ("context", "none of the"),
+        )  # fmt: skip
+        yield Case(
+            f"{name}-nan-context",
+            lambda m=make: m(context=2).log_prob(points(), spoilt(NAN)),
+            ValueError,
+            ("non-finite values in context",),
+        )
+        yield Case(
+            f"{name}-nan-context-sample",
+            lambda m=make: m(context=2).sample((), spoilt(NAN)),
+            ValueError,
+            ("non-finite values in context",),
+        )
+
+
 def times() -> Iterator[Case]:
     """Times that are no numbers, not finite, or too close."""
     x = points(5)
@@ -464,7 +561,9 @@ def times() -> Iterator[Case]:
 
 
 CASES = [
-    case for group in (inputs, contexts, fields, solves, choices, sizes, times) for case in group()
+    case
+    for group in (inputs, contexts, fields, solves, choices, sizes, layers, times)
+    for case in group()
 ]
 
 

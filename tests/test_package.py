@@ -106,14 +106,19 @@ def test_a_module_says_what_it_is_and_what_it_offers(name: str) -> None:
         assert hasattr(module, public)
 
 
-@pytest.mark.parametrize("name", cnf.__all__)
-def test_a_public_name_is_documented_with_an_example(name: str) -> None:
-    thing = getattr(cnf, name)
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [(cnf, name) for name in cnf.__all__]
+    + [(cnf.transforms, name) for name in sorted(set(cnf.transforms.__all__) - set(cnf.__all__))],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_public_name_is_documented_with_an_example(home, name: str) -> None:
+    thing = getattr(home, name)
     text = inspect.getdoc(thing) or ""
     assert text
     own = "__doc__" in vars(thing) if inspect.isclass(thing) else True
     assert own, "the docstring is inherited"
-    abstract = inspect.isabstract(thing) or thing is cnf.VectorField
+    abstract = inspect.isabstract(thing) or thing in (cnf.VectorField, cnf.transforms.Choices)
     exception = inspect.isclass(thing) and issubclass(thing, Exception)
     if not abstract and not exception:
         assert ">>> " in text
@@ -159,6 +164,17 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
         lambda f: f.inverse_and_log_det(x)[1],
     ),
     "Inverse": (lambda: cnf.Inverse(flow().transform), lambda f: f.forward_and_log_det(x)[1]),
+    **{
+        name: (lambda name=name: getattr(cnf, name)(2), lambda f: f.log_prob(x))
+        for name in (
+            *("HINT", "IAF", "MAF", "NICE", "NeuralSpline", "RealNVP"),
+            *("PlanarFlow", "RadialFlow", "SylvesterFlow"),
+        )
+    },
+    "Glow": (
+        lambda: cnf.Glow((1, 2, 2), 1, 1, (4,)),
+        lambda f: f.log_prob(torch.linspace(-1, 1, 20).square().reshape(5, 1, 2, 2)),
+    ),
     "ConcatSquashField": (lambda: cnf.ConcatSquashField(2), lambda f: f(torch.tensor(0.5), x)),
     "ConvField": (
         lambda: cnf.ConvField((1, 5, 2), (3, 3)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.base import Base, base_for
@@ -35,6 +35,7 @@ class NeuralSpline(Flow):
         bound: splines reach from -bound to bound, beyond is the identity: standardise the data.
         context: number of context features, 0 for none.
         activation: of the networks, by name or as a module.
+        mask: what the first coupling keeps, see `RealNVP`; for couplings alone.
         mixing: what stands between layers: "lu" (a learned matrix), "none", "reverse", "random".
         base: base density; None for the standard normal.
         generator: source of random permutations.
@@ -62,6 +63,7 @@ class NeuralSpline(Flow):
         bound: float = 5.0,
         context: int = 0,
         activation: str | nn.Module = "relu",
+        mask: str | Tensor | None = None,
         mixing: str = "lu",
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
@@ -75,7 +77,7 @@ class NeuralSpline(Flow):
                 event_shape,
                 layers,
                 spline,
-                mask=None,
+                mask=mask,
                 mixing=mixing,
                 generator=generator,
                 hidden=hidden,
@@ -83,6 +85,8 @@ class NeuralSpline(Flow):
                 activation=activation,
             )
         else:
+            if mask is not None:
+                raise ValueError("mask is for kind='coupling' alone; leave it out")
             if len(event_shape) != 1:
                 raise ValueError(
                     f"features={features!r} must be a number of dimensions D for "
