@@ -72,7 +72,7 @@ class MaskedAutoregressive(DiscreteTransform):
             raise ValueError(f"features={features!r} must be a number of dimensions D")
         self.elementwise = as_elementwise(elementwise)
         order = _order(ordering, self.dims, generator)
-        natural = order.tolist() == list(range(self.dims))
+        natural = isinstance(ordering, str) and ordering == "forward"
         self.register_buffer("order", None if natural else order)
         self.register_buffer("back", None if natural else order.argsort())
         self.conditioner = MADE(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,13 +127,20 @@ class _Halves(nn.Module):
         self.n_kept, n = int(kept.sum()), len(kept)
         rest = tuple(mask.shape[1:])
         self.shapes = (self.n_kept, *rest), (n - self.n_kept, *rest)
-        self.n_first = 0  # entries before the kept ones, where both are in one piece
-        if order.tolist() == [*range(n - self.n_kept, n), *range(n - self.n_kept)]:
-            self.n_first = n - self.n_kept
-        self.in_pieces = self.n_first > 0 or order.tolist() == list(range(n))
-        if not self.in_pieces:  # saved: a loaded flow keeps the random mask that it was trained by
-            self.register_buffer("order", order)
-            self.register_buffer("back", order.argsort())
+        self.register_buffer("order", order)  # saved: a random mask belongs to what was trained
+        self.register_buffer("back", order.argsort())
+        self._find_pieces()
+
+    def _find_pieces(self) -> None:
+        """Whether both parts are in one piece each, where slices are enough."""
+        order, n = self.order.tolist(), len(self.order)
+        changed_first = order == [*range(n - self.n_kept, n), *range(n - self.n_kept)]
+        self.n_first = n - self.n_kept if changed_first else 0  # entries before the kept ones
+        self.in_pieces = changed_first or order == list(range(n))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._find_pieces()
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is kept and what changes."""

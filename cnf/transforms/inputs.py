@@ -48,14 +48,21 @@ def check_like(x: Tensor, module: nn.Module) -> None:
 
 
 def _first_tensor(module: nn.Module) -> Tensor | None:
-    """A parameter or buffer, the first that is met; `module.parameters()` takes thrice as long."""
+    """A parameter or buffer, one of floats where there is one: the first that is met.
+
+    `module.parameters()` takes thrice as long.
+    """
+    other = None
     for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
+        if tensor is not None and tensor.is_floating_point():
             return tensor
+        other = tensor if other is None else other
     for child in module._modules.values():
-        if child is not None and (found := _first_tensor(child)) is not None:
+        found = None if child is None else _first_tensor(child)
+        if found is not None and found.is_floating_point():
             return found
-    return None
+        other = found if other is None else other
+    return other
 
 
 def check_context_like(context: Tensor, x: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cnf
 from cnf.transforms import (
     MLP,
     ActNorm,
@@ -113,7 +114,8 @@ ABOUT = ("base", "prepare", "volume_preserving", "modes", "spread", "idle", "dra
 SMOOTH = {"hidden": (8,), "activation": "silu"}  # for gradcheck
 VOLUME = {"volume_preserving": True}
 UNTRACED = {"compiled": None}
-SPLINE = {"spread": 0.7}  # steeper ones magnify the rounding of float32
+MILD = {"spread": 1.0}  # for what magnifies the rounding of float32
+SPLINE = {"spread": 0.7}
 ITERATES = {"compiled": "eager"}  # AOT autograd takes seconds for what iterates
 
 
@@ -124,8 +126,8 @@ def kinds_of(make: Callable[..., Transform], family: str, **common: Any) -> Call
     """
 
     def kind(name: str, features: int | Shape, *args: Any, **options: Any) -> Kind:
-        about = {key: options.pop(key) for key in ABOUT if key in options}
         options = {**common, **options}
+        about = {key: options.pop(key) for key in ABOUT if key in options}
         return Kind(
             f"{family}-{name}" if name else family,
             lambda: make(features, *args, **options),
@@ -254,11 +256,11 @@ COUPLING = [
 recursive = kinds_of(RecursiveCoupling, "recursive", **SMOOTH)
 RECURSIVE = [
     recursive("additive", 5, "additive", **VOLUME, **UNTRACED),
-    recursive("affine", 5, "affine", compiled="eager"),
-    recursive("spline", 5, "spline", **SPLINE, **UNTRACED),
-    recursive("context", 5, context=2, **UNTRACED),
-    recursive("depth", 5, depth=1, **UNTRACED),
-    recursive("picture", (4, 1, 2), depth=2, **UNTRACED),
+    recursive("affine", 5, "affine", **MILD, compiled="eager"),
+    recursive("spline", 5, "spline", spread=0.5, **UNTRACED),
+    recursive("context", 5, context=2, **MILD, **UNTRACED),
+    recursive("depth", 5, depth=1, **MILD, **UNTRACED),
+    recursive("picture", (4, 1, 2), depth=2, **MILD, **UNTRACED),
 ]
 
 autoregressive = kinds_of(MaskedAutoregressive, "autoregressive", **SMOOTH)
@@ -327,6 +329,29 @@ CONTAINERS = [
     ),
 ]
 
+
+def model(name: str, features: int | Shape, make: Callable[..., cnf.Flow], **options: Any) -> Kind:
+    """The transform of a model, of two layers."""
+
+    def transform(*args: Any, **more: Any) -> Transform:
+        return make(*args, **more).transform
+
+    return kinds_of(transform, "model", spread=0.7, **UNTRACED)(name, features, **options)
+
+
+MODELS = [
+    model("real-nvp", 3, cnf.RealNVP, layers=2, **SMOOTH, context=2),
+    model("nice", 3, cnf.NICE, layers=2, **SMOOTH),
+    model("maf", 3, cnf.MAF, layers=2, **SMOOTH, context=2),
+    model("iaf", 3, cnf.IAF, layers=2, **SMOOTH),
+    model("neural-spline", 3, cnf.NeuralSpline, layers=2, **SMOOTH),
+    model("hint", 3, cnf.HINT, layers=2, **SMOOTH),
+    model("planar", 3, cnf.PlanarFlow, layers=2),
+    model("radial", 3, cnf.RadialFlow, layers=2, context=2),
+    model("sylvester", 3, cnf.SylvesterFlow, layers=2),
+    model("glow", (1, 4, 4), cnf.Glow, levels=2, steps=1, **SMOOTH, prepare=initialised),
+]
+
 KINDS = [
     *PLANAR,
     *RADIAL,
@@ -338,4 +363,5 @@ KINDS = [
     *RECURSIVE,
     *AUTOREGRESSIVE,
     *CONTAINERS,
+    *MODELS,
 ]

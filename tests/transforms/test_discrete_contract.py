@@ -220,10 +220,11 @@ def test_the_gradient_is_that_of_the_function(kind: Kind, direction: str) -> Non
     names = [name for name, _ in transform.named_parameters()]
     module = Joint(transform, direction)
 
-    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+    def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         parameters = dict(zip(names, leaves[len(inputs) :], strict=True))
-        outputs = module.with_parameters(parameters, *leaves[: len(inputs)])
-        return tuple(output for output in outputs if output.requires_grad)
+        value, log_det = module.with_parameters(parameters, *leaves[: len(inputs)])
+        assert log_det.requires_grad or kind.volume_preserving
+        return value, log_det
 
     leaves = [t.detach().clone().requires_grad_() for t in (*inputs, *transform.parameters())]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
