@@ -7,6 +7,9 @@ with its log-density, the trace of the Jacobian exact or by Hutchinson's estimat
     loss = -flow.log_prob(x).mean()             # x (B, 2)
     x, log_prob = flow.sample_and_log_prob((1000,))
 
+Discrete flows, `cnf.RealNVP` and the like, are models of the same interface; their layers are in
+`cnf.transforms`.
+
 Conventions, the same everywhere:
 
 - Direction: `forward` goes from base z to data x, `inverse` from x to z.
@@ -15,7 +18,8 @@ Conventions, the same everywhere:
 - Log-determinants belong to the map just applied and are added:
   log_prob = base.log_prob(z) + log_det.
 - Noise is drawn once a solve, from an optional `torch.Generator`.
-- `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments.
+- `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
+  one exception is `cnf.transforms.BatchNorm`, which is defined by it.)
 - State and log-density are never below float32; time is float64 on the host.
 - Statistics are plain values, collected by `record_solves()`.
 """

@@ -41,6 +41,13 @@ def test_a_closed_form_of_your_own_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert names["report"].ok, str(names["report"])
 
 
+def test_discrete_flows_run() -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[4], names)
+    assert names["log_prob"].shape == (512,)
+
+
 def test_own_fields_run() -> None:
     import torch
 
@@ -55,5 +62,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[4], names)
+    exec(BLOCKS[5], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

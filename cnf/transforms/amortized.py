@@ -28,7 +28,7 @@ class Amortized(nn.Module):
 
     Reference:
         van den Berg et al., Sylvester Normalizing Flows for Variational Inference,
-        arXiv:1803.05649, section 4.
+        arXiv 1803.05649, section 4.
 
     Example:
         >>> shift, scale = Amortized({"shift": torch.zeros(2), "scale": torch.ones(())}, 0)(None)

@@ -42,7 +42,7 @@ class Planar(DiscreteTransform):
         ValueError: an unknown activation, a size that is not positive.
 
     Reference:
-        Rezende and Mohamed, Variational Inference with Normalizing Flows, arXiv:1505.05770.
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, arXiv 1505.05770.
 
     Example:
         >>> planar = Planar(2, context=3)

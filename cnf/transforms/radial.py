@@ -37,7 +37,7 @@ class Radial(DiscreteTransform):
         ValueError: a size that is not positive.
 
     Reference:
-        Rezende and Mohamed, Variational Inference with Normalizing Flows, arXiv:1505.05770.
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, arXiv 1505.05770.
 
     Example:
         >>> radial = Radial(2)

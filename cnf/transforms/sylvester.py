@@ -55,7 +55,7 @@ class Sylvester(DiscreteTransform):
 
     Reference:
         van den Berg et al., Sylvester Normalizing Flows for Variational Inference,
-        arXiv:1803.05649.
+        arXiv 1803.05649.
 
     Example:
         >>> sylvester = Sylvester(3, rank=2)
