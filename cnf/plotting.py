@@ -6,7 +6,7 @@ own, without pyplot's global state, and returns the figure; `figure.savefig(path
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,25 @@ from torch import Tensor
 
 from cnf.base import as_base
 from cnf.flow import Flow
-from cnf.transforms import CNF, Compose, Transform
+from cnf.transforms import CNF, Compose, Inverse, Transform
+from cnf.transforms.base import Choices
 from cnf.transforms.times import as_number
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Unpack
 
     from cnf.comparison import TraceComparison
 
 __all__ = [
     "animate_path",
     "log_density_grid",
+    "plot_densities",
     "plot_flow",
     "plot_path",
+    "plot_samples",
     "plot_table",
     "plot_trace",
     "truncate",
@@ -38,18 +42,21 @@ __all__ = [
 Extent = tuple[float, float, float, float]
 """(left, right, bottom, top) of the plane."""
 
+ROUNDING = 1e-9  # of a fraction times a number of parts
+
 
 def truncate(flow: Flow, fraction: float) -> Flow:
     """The flow stopped on its way: the density at a fraction of the path from base to data.
 
-    Its CNF blocks count as equal parts of the path; parameters are shared.
+    The transforms of a `Compose`, those within it and within an `Inverse` of it too, are equal
+    parts of the path. A CNF is cut in its time; any other part is in once the path has passed it.
+    Parameters are shared.
 
     Args:
-        flow: a flow of a CNF, or of a Compose of them.
+        flow: any flow.
         fraction: 0 for the base, 1 for the whole flow.
 
     Raises:
-        TypeError: a flow with another transform than CNFs.
         ValueError: a fraction outside [0, 1].
 
     Example:
@@ -57,27 +64,74 @@ def truncate(flow: Flow, fraction: float) -> Flow:
         >>> flow = cnf.FFJORD(2, blocks=2)
         >>> truncate(flow, 0.75).log_prob(torch.randn(5, 2)).shape
         torch.Size([5])
+        >>> len(truncate(cnf.RealNVP(2, layers=8), 0.5).transform)
+        4
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction={fraction} must lie in [0, 1]")
-    blocks = list(flow.transform) if isinstance(flow.transform, Compose) else [flow.transform]
-    done = fraction * len(blocks)
-    parts: list[Transform] = []
-    for i, block in enumerate(blocks):
-        if not isinstance(block, CNF):
-            raise TypeError(f"the path of a {type(block).__name__} is not defined, only a CNF's")
-        if i < done or i == 0:
-            start, end = (as_number(t) for t in block.times)
-            stop = start + (end - start) * min(1.0, done - i)
-            part = CNF(
-                block.field,
-                block.divergence,
-                block.solver,
-                event_dims=block.event_dims,
-                times=(start, stop),
-            )
-            parts.append(part)
-    return Flow(as_base(flow.base), Compose(*parts))
+    parts = _parts(flow.transform)
+    done = fraction * len(parts)
+    whole = int(done + ROUNDING)
+    taken, rest = parts[:whole], done - whole
+    if rest > ROUNDING and _is_continuous(parts[whole]):
+        taken.append(_cut(parts[whole], rest))
+    base = as_base(flow.base)
+    return Flow(base, Compose(*taken) if taken else _Identity(base.event_shape))
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    """What a transform does in a row, from base to data."""
+    if isinstance(transform, Compose):
+        return [part for each in transform for part in _parts(each)]
+    if isinstance(transform, Inverse):
+        inner = transform.transform
+        if isinstance(inner, Inverse):
+            return _parts(inner.transform)
+        if isinstance(inner, Compose):
+            return [part for each in reversed(list(inner)) for part in _parts(Inverse(each))]
+    return [transform]
+
+
+def _is_continuous(part: Transform) -> bool:
+    """Whether it is a CNF, or the inverse of one."""
+    return isinstance(part.transform if isinstance(part, Inverse) else part, CNF)
+
+
+def _cut(part: Transform, fraction: float) -> Transform:
+    """The first fraction of a CNF, or of the inverse of one."""
+    block = part.transform if isinstance(part, Inverse) else part
+    if not isinstance(block, CNF):
+        raise TypeError(f"a {type(block).__name__} has no time to be cut in")
+    start, end = (as_number(t) for t in block.times)
+    if isinstance(part, Inverse):  # it runs from the end to the start
+        times = (end + (start - end) * fraction, end)
+    else:
+        times = (start, start + (end - start) * fraction)
+    cut = CNF(block.field, block.divergence, block.solver, event_dims=block.event_dims, times=times)
+    return Inverse(cut) if isinstance(part, Inverse) else cut
+
+
+class _Identity(Transform):
+    """x = z, the path that has not begun."""
+
+    event_shape: tuple[int, ...]
+    takes_context = False
+
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = self.base_shape = event_shape
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """z, and zeros."""
+        return z, z.new_zeros(z.shape[: z.ndim - len(self.event_shape)])
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """x, and zeros."""
+        return self.forward_and_log_det(x)
 
 
 @torch.no_grad()
@@ -141,20 +195,20 @@ def plot_flow(
 
 
 def plot_path(flow: Flow, data: Tensor, *, frames: int = 6, size: int = 80) -> Figure:
-    """The flow's path from base to data, as a strip of densities.
+    """The flow's path from base to data, as a strip of densities: in time, or layer by layer.
 
     Args:
-        flow: a flow of CNFs on the plane.
+        flow: a flow on the plane.
         data: (N, 2), for the extent.
-        frames: pictures in the strip, two or more.
+        frames: pictures in the strip, two or more; a flow of fewer layers has fewer.
         size: points along each axis.
     """
-    fractions = _fractions(frames)
+    steps = _steps(flow, frames)
     extent = square_around(data)
-    figure, axes = _panels(frames)
-    for ax, fraction in zip(axes, fractions, strict=True):
+    figure, axes = _panels(len(steps))
+    for ax, (fraction, title) in zip(axes, steps, strict=True):
         density = path_density(flow, fraction, extent, size, data)
-        _heat(ax, density, extent, f"t = {fraction:.2g}", density.max().item())
+        _heat(ax, density, extent, title, density.max().item())
     return figure
 
 
@@ -171,17 +225,17 @@ def animate_path(
     """Write the flow's path from base to data as an animated GIF: density, and samples that move.
 
     Args:
-        flow: a flow of CNFs on the plane.
+        flow: a flow on the plane.
         data: (N, 2), for the extent.
         path: file to write.
-        frames: pictures, two or more.
+        frames: pictures, two or more; a flow of fewer layers has fewer, each shown for longer.
         size: points of the density along each axis.
         points: number of moving samples.
         generator: source of randomness.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    fractions = _fractions(frames)
+    steps = _steps(flow, frames)
     extent = square_around(data)
     with torch.no_grad():
         z = flow.base.rsample((points,), generator)
@@ -189,16 +243,73 @@ def animate_path(
 
     def draw(i: int) -> Sequence[Artist]:
         ax.clear()
-        density = path_density(flow, fractions[i], extent, size, data)
-        _heat(ax, density, extent, f"t = {fractions[i]:.2f}", density.max().item())
+        fraction, title = steps[i]
+        density = path_density(flow, fraction, extent, size, data)
+        _heat(ax, density, extent, title, density.max().item())
         with torch.no_grad():
-            x = truncate(flow, fractions[i]).transform.forward(z).cpu().numpy()
+            x = truncate(flow, fraction).transform.forward(z).cpu().numpy()
         ax.scatter(x[:, 0], x[:, 1], s=3, c="white", linewidths=0, alpha=0.8)
         ax.set(xlim=extent[:2], ylim=extent[2:])
         return ()
 
-    animation = FuncAnimation(figure, draw, frames=frames, init_func=lambda: ())
-    animation.save(str(path), writer=PillowWriter(fps=12), dpi=80)
+    animation = FuncAnimation(figure, draw, frames=len(steps), init_func=lambda: ())
+    writer = PillowWriter(fps=max(1, round(12 * len(steps) / frames)))
+    animation.save(str(path), writer=writer, dpi=80)
+
+
+def plot_densities(
+    densities: Mapping[str, Callable[[Tensor], Tensor]],
+    data: Tensor,
+    *,
+    columns: int = 4,
+    size: int = 120,
+) -> Figure:
+    """Densities on the plane side by side, in colours that end at the first one's maximum.
+
+    Args:
+        densities: a log-density (B, 2) -> (B,) for each title.
+        data: (N, 2), for the extent.
+        columns: panels in a row, at most.
+        size: points along each axis.
+    """
+    extent = square_around(data)
+    figure, axes = _panels(len(densities), columns)
+    top = None
+    for ax, (title, log_prob) in zip(axes, densities.items(), strict=True):
+        density = log_density_grid(log_prob, extent, size, like=data).exp()
+        top = density[density.isfinite()].max().item() if top is None else top
+        _heat(ax, density, extent, title, top)
+    return figure
+
+
+def plot_samples(
+    samples: Mapping[str, Tensor],
+    *,
+    dims: tuple[int, int] = (0, 1),
+    columns: int = 4,
+    count: int = 2000,
+) -> Figure:
+    """Two dimensions of samples side by side, as many of each, within the limits of the first.
+
+    Args:
+        samples: (N, D) for each title, the data first.
+        dims: the two dimensions.
+        columns: panels in a row, at most.
+        count: the most to draw of each.
+    """
+    count = min(count, *map(len, samples.values()))
+    shown = {title: x[:count, list(dims)].double().cpu() for title, x in samples.items()}
+    first = next(iter(shown.values()))
+    low, high = (torch.quantile(first, q, dim=0) for q in (0.005, 0.995))
+    margin = 0.1 * (high - low)
+    (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
+    figure, axes = _panels(len(shown), columns)
+    for i, (ax, (title, x)) in enumerate(zip(axes, shown.items(), strict=True)):
+        ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=4, linewidths=0, c="C1" if i else "C0")
+        ax.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top), title=title)
+    figure.supxlabel(f"dimension {dims[0]}", fontsize=9)
+    figure.supylabel(f"dimension {dims[1]}", fontsize=9)
+    return figure
 
 
 def plot_table(data: Tensor, samples: Tensor, *, columns: int = 5) -> Figure:
@@ -251,17 +362,30 @@ def square_around(data: Tensor) -> Extent:
     return (x - h, x + h, y - h, y + h)
 
 
-def _fractions(frames: int) -> list[float]:
+def _steps(flow: Flow, frames: int) -> list[tuple[float, str]]:
+    """Fractions of the path, and what to call them."""
     if frames < 2:
         raise ValueError(f"frames={frames} must be 2 or more")
-    return [i / (frames - 1) for i in range(frames)]
+    parts = _parts(flow.transform)
+    n = len(parts)
+    if any(map(_is_continuous, parts)):
+        return [(i / (frames - 1), f"t = {i / (frames - 1):.2f}") for i in range(frames)]
+    last = min(frames - 1, n)
+    taken = [n * i // last for i in range(last + 1)]
+    return [(k / n, f"layer {k} of {n}" if k else "base") for k in taken]
 
 
-def _panels(n: int) -> tuple[Figure, Sequence[Axes]]:
+def _panels(n: int, columns: int | None = None) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of n panels, in rows of so many columns, or in one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * n, 3.3), layout="constrained")
-    return figure, figure.subplots(1, n, squeeze=False)[0]
+    columns = min(n, columns or n)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(3 * columns, 3.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    return figure, list(axes[:n])
 
 
 def _heat(ax: Axes, density: Tensor, extent: Extent, title: str, top: float) -> None:

@@ -7,25 +7,29 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from models import FIELDS, MODELS, OPTIONAL, flow_solver
 from torch import Tensor, nn
 
 import cnf
+from cnf.data import ImageDensity, PlaneDensity, toy
 from cnf.ode import METHODS
 from cnf.training import FitResult, fit, load_weights
 
-UNRELATED = ("out", "resume", "test_size", "threads")  # flags that do not change the training
-ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
-FIELDS = {
-    "mlp": cnf.MLPField,
-    "concatsquash": cnf.ConcatSquashField,
-    "potential": cnf.PotentialField,
-    "hollow": cnf.HollowField,
+UNRELATED = {"out", "resume", "test_size", "threads", "models", "columns"}  # to the training
+PLANE: dict[str, Any] = {"batch_size": 512, "ema_decay": 0.99}
+TABLE: dict[str, Any] = {
+    "steps": 2000,
+    "batch_size": 500,
+    "lr": 3e-3,
+    "ema_decay": 0.995,
+    "layers": None,  # as many as the class has
 }
+ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
 REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
 
 
@@ -38,8 +42,8 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="training steps")
     p.add_argument("--batch-size", type=int, help="samples a step")
     p.add_argument("--lr", type=float, help="highest learning rate of Adam")
+    p.add_argument("--hidden", type=int, nargs="+", help="widths of a network's hidden layers")
     p.add_argument("--field", choices=FIELDS, default="mlp", help="network of the vector field")
-    p.add_argument("--hidden", type=int, nargs="+", help="widths of its hidden layers")
     p.add_argument("--blocks", type=int, default=1, help="CNF blocks, one after the other")
     p.add_argument(
         "--trace",
@@ -76,8 +80,67 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
         help="go on where the run in --out stopped, with the same flags; "
         "with another --steps, the learning rate follows the new schedule",
     )
-    p.set_defaults(**defaults)
+    p.set_defaults(**{"model": "ffjord", "layers": None, **defaults})
     return p
+
+
+def add_models(
+    flags: argparse.ArgumentParser, defaults: dict[str, Any], *, several: bool = False
+) -> None:
+    """The flags that choose one of the models, or several of them; see `complete`."""
+    if several:
+        flags.add_argument(
+            "--models", nargs="+", choices=MODELS, default=list(MODELS), help="what to compare"
+        )
+    else:
+        flags.add_argument("--model", choices=MODELS, help="the flow to train")
+    flags.add_argument("--layers", type=int, help="of a discrete flow")
+    own = []
+    for name, model in MODELS.items():
+        filled = {**model.defaults, **defaults}
+        own.append(f"{name} {', '.join(str(filled.get(k)) for k in ('steps', 'lr', 'layers'))}")
+    flags.epilog = (
+        f"Where --steps, --lr, --layers are not given they are: {'; '.join(own)} (None: as the "
+        "class has it). A flag that the model does not take is refused."
+    )
+
+
+def parse(flags: argparse.ArgumentParser, defaults: dict[str, Any]) -> argparse.Namespace:
+    """The flags of the command line, and those left open; see `complete`."""
+    args = flags.parse_args()
+    refuse_idle(flags, [args.model])
+    return complete(args, args.model, defaults)
+
+
+def refuse_idle(flags: argparse.ArgumentParser, models: Sequence[str]) -> None:
+    """Refuse a flag of the command line, even at its default, that none of the models takes."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args())))
+    given = {k for k, v in vars(flags.parse_args(namespace=blank)).items() if v is not None}
+    for name in sorted(given & OPTIONAL):
+        takers = [model for model in MODELS if name in MODELS[model].takes]
+        if not set(takers) & set(models):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on {', '.join(models)}; leave it out, "
+                f"or choose from {', '.join(takers)}"
+            )
+
+
+def complete(args: argparse.Namespace, model: str, defaults: dict[str, Any]) -> argparse.Namespace:
+    """The flags for one model: those left open are `defaults`, else the model's own."""
+    own = {**MODELS[model].defaults, **defaults}
+    filled = {k: own[k] for k, v in vars(args).items() if v is None and k in own}
+    return argparse.Namespace(**{**vars(args), **filled, "model": model})
+
+
+def default_out(example: str, data: str, model: str = "ffjord") -> Path:
+    """The folder of a run that names none."""
+    return Path("runs") / "-".join([example, data, *([model] if model != "ffjord" else [])])
+
+
+def open_density(data: str) -> PlaneDensity:
+    """The toy density of that name, or the picture in that file."""
+    is_file = Path(data).suffix or Path(data).is_file()
+    return ImageDensity.open(data) if is_file else toy(data)
 
 
 def train(
@@ -88,17 +151,19 @@ def train(
     *,
     patience: int | None = None,
     validate_every: int = 250,
-) -> tuple[cnf.FFJORD, FitResult]:
+) -> tuple[cnf.Flow, FitResult]:
     """Train the flow that the flags describe; return it with its best averaged weights."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    flow = build(args, features=val.shape[-1])
+    model = MODELS[args.model]
+    flow = model.build(args, val.shape[-1])
     objective = cnf.MaximumLikelihood(flow)
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
     device = device_of(args.device)
+    unread = UNRELATED | OPTIONAL.difference(model.takes)
 
-    def validate(model: nn.Module) -> float:
-        return -score(model.flow, val, flow_solver(args)).log_prob.mean().item()
+    def validate(averaged: nn.Module) -> float:
+        return -score(averaged.flow, val, flow_solver(args)).log_prob.mean().item()
 
     result = fit(
         objective,
@@ -115,7 +180,7 @@ def train(
         max_time=args.max_time,
         out=out,
         resume=args.resume,
-        config={k: v for k, v in vars(args).items() if k not in UNRELATED},
+        config={k: v for k, v in vars(args).items() if k not in unread},
         seed=args.seed,
         device=device,
     )
@@ -124,31 +189,6 @@ def train(
     else:
         load_weights(flow, result.best or out / "last.safetensors", prefix="flow")
     return flow, result
-
-
-def build(args: argparse.Namespace, features: int) -> cnf.FFJORD:
-    """The flow that the flags describe."""
-    return cnf.FFJORD(
-        features,
-        args.hidden,
-        blocks=args.blocks,
-        divergence=None if args.trace == "auto" else args.trace,
-        solver=flow_solver(args),
-        field=FIELDS[args.field],
-    )
-
-
-def flow_solver(args: argparse.Namespace) -> cnf.Solver:
-    """The solver that the flags describe."""
-    return cnf.Solver(
-        args.method,
-        rtol=args.rtol,
-        atol=args.atol,
-        steps=args.solver_steps,
-        max_steps=200,  # a field that needs more has diverged
-        gradient=args.gradient,
-        compile=args.compile,
-    )
 
 
 def device_of(name: str) -> torch.device:
@@ -188,8 +228,8 @@ class Score:
     seconds: float
 
     def __str__(self) -> str:
-        cost = f"{self.nfe} evaluations a batch, {self.seconds:.1f} s"
-        return f"{mean_and_error(self.log_prob)}  ({cost})"
+        evaluations = f"{self.nfe} evaluations a batch, " if self.nfe else ""
+        return f"{mean_and_error(self.log_prob)}  ({evaluations}{self.seconds:.1f} s)"
 
 
 @torch.no_grad()
@@ -217,14 +257,20 @@ def standard_error(values: Tensor) -> float:
 
 def describe_training(flow: cnf.Flow, result: FitResult) -> list[str]:
     """What the training took, in lines for the report."""
-    size = sum(p.numel() for p in flow.parameters())
-    forward, backward = (n / max(1, result.step) for n in (result.nfe_forward, result.nfe_backward))
-    return [
+    lines = [
         f"training              {result.step} steps in {result.elapsed:.0f} s, best at step "
         f"{result.best_step}, stopped by {result.stopped.replace('_', ' ')}",
-        f"evaluations a step    {forward:.1f} forward, {backward:.1f} backward",
-        f"parameters            {size}",
     ]
+    if result.nfe_forward:
+        counts = (result.nfe_forward, result.nfe_backward)
+        forward, backward = (n / max(1, result.step) for n in counts)
+        lines.append(f"evaluations a step    {forward:.1f} forward, {backward:.1f} backward")
+    return [*lines, f"parameters            {parameters(flow)}"]
+
+
+def parameters(flow: cnf.Flow) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in flow.parameters())
 
 
 def write_report(lines: list[str], out: Path) -> None:

@@ -1,7 +1,8 @@
-"""Train a continuous flow on a density of the plane, report its likelihood, and draw it.
+"""Train a flow on a density of the plane, report its likelihood, and draw it.
 
 python examples/density2d.py                         # 8gaussians
 python examples/density2d.py --data checkerboard --trace hutchinson
+python examples/density2d.py --model nsf             # discrete flows, too
 python examples/density2d.py --data picture.png      # an image as a density
 """
 
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import torch
 from common import (
+    PLANE,
+    add_models,
+    default_out,
     describe_training,
     mean_and_error,
+    open_density,
+    parse,
     parser,
     run_example,
     score,
@@ -22,24 +28,24 @@ from common import (
 from torch import Tensor
 
 import cnf
-from cnf.data import TOY_NAMES, ImageDensity, PlaneDensity, toy
+from cnf.data import TOY_NAMES, PlaneDensity
 from cnf.plotting import animate_path, plot_flow, plot_path
 from cnf.training import FitResult
 
 
 def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
-    flags = parser(__doc__, steps=1000, batch_size=512, lr=1e-2, hidden=[64, 64], ema_decay=0.99)
+    flags = parser(__doc__, **PLANE)
+    add_models(flags, PLANE)
     flags.add_argument(
         "--data", default="8gaussians", help=f"{', '.join(TOY_NAMES)}, or a picture file"
     )
     flags.add_argument("--test-size", type=int, default=10_000, help="test points")
-    args = flags.parse_args()
+    args = parse(flags, PLANE)
     if args.test_size < 2:
         raise ValueError(f"--test-size={args.test_size} must be 2 or more, for a standard error")
-    out = args.out or Path("runs") / f"density2d-{Path(args.data).stem}"
-    is_file = Path(args.data).suffix or Path(args.data).is_file()
-    density = ImageDensity.open(args.data) if is_file else toy(args.data)
+    out = args.out or default_out("density2d", Path(args.data).stem, args.model)
+    density = open_density(args.data)
     held_out = torch.Generator().manual_seed(args.seed + 1)
     val, test = (density.sample(n, held_out) for n in (2000, args.test_size))
 

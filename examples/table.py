@@ -1,8 +1,9 @@
-"""Train a continuous flow on a table of numbers and compare it with a Gaussian.
+"""Train a flow on a table of numbers and compare it with a Gaussian.
 
 python examples/table.py                                # a table inside scikit-learn
 python examples/table.py --data FILE                    # .csv, .txt, .npy, .npz
 python examples/table.py --data FILE --trace hutchinson
+python examples/table.py --data FILE --model maf        # discrete flows, too
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import torch
 from common import (
+    TABLE,
+    add_models,
+    default_out,
     describe_training,
     mean_and_error,
+    parse,
     parser,
     run_example,
     score,
@@ -30,22 +35,16 @@ from cnf.training import FitResult
 
 def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
-    flags = parser(
-        __doc__,
-        steps=2000,
-        batch_size=500,
-        lr=3e-3,
-        hidden=[64, 64],
-        ema_decay=0.995,
-    )
+    flags = parser(__doc__, **TABLE)
+    add_models(flags, TABLE)
     flags.add_argument(
         "--data", help="table file; none takes breast_cancer, a table in scikit-learn"
     )
     flags.add_argument("--split-seed", type=int, default=0, help="seed of the split")
     flags.add_argument("--patience", type=int, default=6, help="validations without a new best")
-    args = flags.parse_args()
+    args = parse(flags, TABLE)
     name = Path(args.data).stem if args.data else "breast_cancer"
-    out = args.out or Path("runs") / f"table-{name}"
+    out = args.out or default_out("table", name, args.model)
     data = read_table(args.data) if args.data else sklearn_table(name)
     table = split_table(data, seed=args.split_seed, drop_constant=True)
     gaussian = gaussian_log_prob(table.train, table.test)  # refuses dependent columns

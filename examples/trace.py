@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from common import REFERENCE, build, mean_and_error, parser, run_example, train, write_report
+from common import REFERENCE, mean_and_error, parser, run_example, train, write_report
+from models import ffjord
 from torch import Tensor
 
 import cnf
@@ -39,7 +40,7 @@ def main() -> int:
     table = split_table(data, drop_constant=True)
     trained, result = train(args, table.train, table.val, out, validate_every=100)
     if result.signal is None:
-        flow = build(args, features=table.test.shape[1])  # another one, from the checkpoint
+        flow = ffjord(args, table.test.shape[1])  # another one, from the checkpoint
         load_weights(flow, result.best or out / "last.safetensors", prefix="flow")
         report(flow.to(next(trained.parameters()).device), table.test, args.probes, out)
     return result.exit_code

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -9,12 +11,14 @@ import cnf
 from cnf.plotting import (
     animate_path,
     log_density_grid,
+    plot_densities,
     plot_flow,
     plot_path,
+    plot_samples,
     plot_table,
     truncate,
 )
-from cnf.transforms import CNF, Compose
+from cnf.transforms import CNF, Compose, Diagonal
 
 
 def linear_flow(rate: float, blocks: int = 1) -> cnf.Flow:
@@ -45,10 +49,69 @@ def test_a_fraction_outside_the_path_is_refused(fraction):
         truncate(cnf.FFJORD(2), fraction)
 
 
-def test_only_a_cnf_has_a_path():
-    flow = cnf.Flow(cnf.StandardNormal(2), cnf.Inverse(CNF(lambda t, x: x)))
-    with pytest.raises(TypeError, match="Inverse"):
-        truncate(flow, 0.5)
+def discrete_flow() -> cnf.Flow:
+    """Scales by e^0.1, e^0.2, e^0.4 in turn."""
+    return cnf.Flow(cnf.StandardNormal(2), Compose(*(scaling(r) for r in (0.1, 0.2, 0.4))))
+
+
+def scaling(rate: float) -> Diagonal:
+    layer = Diagonal(2)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.fill_(rate if "scale" in name else 0.0)
+    return layer
+
+
+def rate_of(flow: cnf.Flow) -> float:
+    """r of the flow x = e^r z."""
+    return flow.transform.forward(torch.ones(1, 2)).log().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rate"),
+    [(0, 0), (0.3, 0), (1 / 3, 0.1), (0.6, 0.1), (2 / 3, 0.3), (0.99, 0.3), (1, 0.7)],
+)
+def test_a_discrete_layer_is_in_once_the_path_has_passed_it(fraction, rate):
+    part = truncate(discrete_flow(), fraction)
+    assert rate_of(part) == pytest.approx(rate, abs=1e-6)
+    x = torch.randn(5, 2)
+    truth = torch.distributions.Normal(0.0, math.exp(rate)).log_prob(x).sum(-1)
+    torch.testing.assert_close(part.log_prob(x), truth)
+
+
+def test_a_layer_is_not_lost_by_rounding():
+    flow = cnf.Flow(cnf.StandardNormal(2), Compose(*(scaling(0.1) for _ in range(49))))
+    assert 1 / 49 * 49 < 1
+    assert rate_of(truncate(flow, 1 / 49)) == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("fraction", "rate"), [(0, 0), (0.4, -0.4), (0.8, -0.6), (1, -0.7)])
+def test_an_inverse_is_walked_from_its_end(fraction, rate):
+    flow = cnf.Flow(cnf.StandardNormal(2), cnf.Inverse(discrete_flow().transform))
+    assert rate_of(truncate(flow, fraction)) == pytest.approx(rate, abs=1e-6)
+
+
+@pytest.mark.parametrize(("fraction", "rate"), [(0.25, -0.25), (0.5, -0.5), (0.75, -0.4)])
+def test_parts_within_parts_are_equal_and_a_cnf_is_cut_wherever_it_stands(fraction, rate):
+    cut = cnf.Inverse(CNF(lambda t, x: 2 * t * x, "exact"))  # e^-1, and e^-3/4 by half its time
+    flow = cnf.Flow(cnf.StandardNormal(2), Compose(cut, cnf.Inverse(cnf.Inverse(scaling(0.1)))))
+    expected = {0.25: -0.75, 0.5: -1.0, 0.75: -1.0}[fraction]
+    assert rate_of(truncate(flow, fraction)) == pytest.approx(expected, abs=1e-4)
+    nested = Compose(Compose(scaling(-0.25), scaling(-0.25)), Compose(scaling(0.1), scaling(0.1)))
+    flow = cnf.Flow(cnf.StandardNormal(2), nested)
+    assert rate_of(truncate(flow, fraction)) == pytest.approx(rate, abs=1e-6)
+
+
+def test_a_discrete_path_is_shown_layer_by_layer(tmp_path):
+    data = torch.randn(200, 2)
+    titles = [ax.get_title() for ax in plot_path(discrete_flow(), data, size=8).axes]
+    assert titles == ["base", "layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
+    titles = [ax.get_title() for ax in plot_path(discrete_flow(), data, frames=3, size=8).axes]
+    assert titles == ["base", "layer 1 of 3", "layer 3 of 3"]
+    animate_path(discrete_flow(), data, tmp_path / "path.gif", size=8, points=20)
+    with Image.open(tmp_path / "path.gif") as image:
+        assert image.n_frames == 4
+        assert image.info["duration"] == 500  # two seconds in all
 
 
 def test_the_grid_has_x_along_columns_and_y_along_rows():
@@ -71,6 +134,28 @@ def test_figures_show_what_was_asked(tmp_path):
     assert isinstance(plot_table(torch.randn(50, 3), torch.randn(60, 3)), Figure)
     with pytest.raises(ValueError, match="frames"):
         plot_path(flow, data, frames=1)
+
+
+def test_densities_stand_side_by_side_on_one_scale():
+    flow, data = linear_flow(0.5), torch.randn(500, 2)
+    shown = {"true": flow.log_prob, "flow": flow.log_prob, "narrow": linear_flow(-1.0).log_prob}
+    figure = plot_densities(shown, data, columns=2, size=10)
+    assert [ax.get_title() for ax in figure.axes if ax.axison] == list(shown)
+    true, model, narrow = (ax.images[0] for ax in figure.axes[:3])
+    assert abs(true.get_array() - model.get_array()).max() == 0
+    assert true.get_clim() == narrow.get_clim() == (0, true.get_array().max())
+    assert narrow.get_array().max() > true.get_array().max()
+
+
+def test_samples_stand_side_by_side_in_the_limits_of_the_first():
+    data = torch.randn(500, 3)
+    shown = {"data": data, "flow": 100 * torch.randn(300, 3)}
+    one, two = plot_samples(shown, dims=(2, 0)).axes
+    assert (one.get_title(), two.get_title()) == ("data", "flow")
+    assert one.get_xlim() == two.get_xlim()
+    points = [torch.tensor(ax.collections[0].get_offsets()) for ax in (one, two)]
+    torch.testing.assert_close(points[0], data[:300, [2, 0]].double())
+    assert len(points[1]) == 300
 
 
 def test_the_animation_has_its_frames_and_moves(tmp_path):

@@ -18,6 +18,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--hidden", "8", "--batch-size", "50", "--device", "cpu"]
 
 
+NETWORKS = ["realnvp", "nice", "maf", "iaf", "nsf", "nsf-ar", "hint"]
+FORMULAS = ["planar", "radial", "sylvester"]
+TINY = ["--batch-size", "50", "--device", "cpu", "--steps", "3", "--layers", "2"]
+
+
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / script), *SMALL, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -41,6 +46,48 @@ def test_density2d_trains_reports_and_draws(tmp_path):
     assert again.returncode == 1
     assert "--resume" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("model", NETWORKS + FORMULAS)
+def test_a_discrete_model_is_a_flag(tmp_path, run_here, model):
+    hidden = ["--hidden", 8] if model in NETWORKS else []
+    flags = [*TINY, *hidden, "--model", model]
+    plane = run_here("density2d.py", *flags, "--test-size", 100, "--out", tmp_path / "plane")
+    assert -8 < likelihood(plane) < -2.8
+    assert "evaluations" not in plane
+    assert {"flow.png", "path.png", "path.gif"} <= {p.name for p in (tmp_path / "plane").iterdir()}
+    table = run_here("table.py", *flags, "--out", tmp_path / "table")
+    assert -100 < likelihood(table) < 0
+    assert (tmp_path / "table" / "table.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "takers"),
+    [
+        (["--model", "maf", "--rtol", "1e-3"], "--rtol", "ffjord"),  # even at its default
+        (["--model", "nsf", "--solver-s", "3"], "--solver-steps", "ffjord"),  # an abbreviation
+        (["--model", "hint", "--compile"], "--compile", "ffjord"),
+        (["--model", "planar", "--hidden", "8"], "--hidden", "realnvp"),
+        (["--layers", "3"], "--layers", "planar"),
+    ],
+)
+@pytest.mark.parametrize("script", ["density2d.py", "table.py"])
+def test_a_flag_without_effect_is_refused(tmp_path, run_here, script, arguments, flag, takers):
+    told = run_here(script, *arguments, "--out", tmp_path / "run", code=1)
+    assert f"{flag} has no effect on" in told
+    assert takers in told.split("choose from")[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_has_its_own_defaults_and_a_flag_wins(tmp_path, run_here):
+    for steps, flags in ((2, ["--steps", "2"]), (1, ["--steps", "1", "--lr", "0.5"])):
+        out = tmp_path / str(steps)
+        run_here("density2d.py", "--model", "sylvester", *flags, "--test-size", 50, "--out", out)
+        config = load_checkpoint(out / "last.safetensors")["config"]
+        assert config["steps"] == steps
+        assert config["lr"] == (0.5 if "--lr" in flags else 3e-2)
+        assert config["model"] == "sylvester"
+        assert "rtol" not in config
 
 
 @pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
