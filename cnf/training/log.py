@@ -95,8 +95,9 @@ class ProgressBar:
         if self._bar is not None:
             loss = report.loss
             self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-            nfe = f"nfe {report.nfe_forward}/{report.nfe_backward}"
-            text = f"loss {self._loss:.4f}, {nfe}{self._validation}"
+            solves = report.nfe_forward or report.nfe_backward  # a discrete flow has none
+            nfe = f", nfe {report.nfe_forward}/{report.nfe_backward}" if solves else ""
+            text = f"loss {self._loss:.4f}{nfe}{self._validation}"
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 
