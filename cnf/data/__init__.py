@@ -1,9 +1,9 @@
 """Data to fit: toy densities on the plane, pictures as densities, and tables of numbers.
 
 `toy(name)` and `ImageDensity` give samples and the true log-density, so that a flow can be scored
-against the truth. `image_patches` cuts squares out of photographs. `read_table` and `split_table` turn a file into standardised tensors, and refuse
-what would spoil a likelihood. Only torch and numpy are needed; what asks for more says so when
-called.
+against the truth. `image_patches` cuts squares out of photographs. `read_table` and `split_table`
+turn a file into standardised tensors, and refuse what would spoil a likelihood. Only torch and
+numpy are needed; what asks for more says so when called.
 """
 
 from __future__ import annotations

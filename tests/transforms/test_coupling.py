@@ -69,7 +69,7 @@ def test_scales_are_clamped() -> None:
 
 def test_nice_keeps_volumes() -> None:
     f = randomised(Coupling(5, "alternating", "additive"))
-    x, log_det = f.forward_and_log_det(torch.randn(4, 5).double())
+    _, log_det = f.forward_and_log_det(torch.randn(4, 5).double())
     assert torch.equal(log_det, torch.zeros(4).double())
 
 
