@@ -53,7 +53,7 @@ def test_the_affine_formula() -> None:
     assert torch.equal(kept, z[:, :2])
     assert torch.equal(given, context)
     shift, raw = torch.linspace(-1, 1, 6).reshape(2, 3)
-    log_scale = 3 * torch.tanh(raw / 2)
+    log_scale = 3 * torch.tanh(raw / 3)
     expected = torch.cat([z[:, :2], log_scale.exp() * z[:, 2:] + shift], 1)
     assert torch.allclose(x, expected, atol=1e-6)
     assert torch.allclose(log_det, log_scale.sum().expand(4), atol=1e-6)
