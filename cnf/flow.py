@@ -236,8 +236,8 @@ class Flow(nn.Module):
         self._check_shape(z)
         if not isinstance(self.transform, CNF):
             raise TypeError(
-                f"the path of a {type(self.transform).__name__} has no times of its own; call "
-                "trajectory of the CNFs in flow.transform, one after the other"
+                f"the path of a {type(self.transform).__name__} has no times of its own; where "
+                "flow.transform holds CNFs, call their trajectory, one after the other"
             )
         return self.transform.trajectory(z, times, context, **_choices(None, solver, None))
 
@@ -417,6 +417,11 @@ def _choices(
 
 def _sample_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
     """The shape of samples, checked; an int n means (n,)."""
+    if isinstance(shape, Tensor) and shape.ndim:
+        raise TypeError(
+            f"sample shape is a tensor of shape {tuple(shape.shape)}; it comes before context: use "
+            "sample((), context) for one sample a row, sample((n,), context) for n"
+        )
     sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
     if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in sizes):
         raise TypeError(f"sample shape {shape!r} must be an integer or a tuple of integers")

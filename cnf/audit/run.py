@@ -50,10 +50,11 @@ def check(
 
         error = value(flow as it is) - value(reference: float64, dopri8 at rtol = atol = 1e-10)
 
-    Value and reference see the same noise; what the noise itself does has a row of its own. Where
-    a field does not compute in float64, the reference is less tight (1e-6), if need be in x's
-    dtype, and its row says so. Work is done on copies: the flow, its gradients and torch's random
-    state stay as they are. It costs some hundred solves: use a batch of 16 to 256.
+    It audits solves: the formulas of discrete layers are taken as they are. Value and reference see
+    the same noise; what the noise itself does has a row of its own. Where a field does not compute
+    in float64, the reference is less tight (1e-6), if need be in x's dtype, and its row says so.
+    Work is done on copies: the flow, its gradients and torch's random state stay as they are. It
+    costs some hundred solves: use a batch of 16 to 256.
 
     A row is not ok where its error exceeds a limit, with L = max(1, the largest |log p|, |z| or
     |x|), eps that of the precision, and fixed steps held to rtol = atol = 1e-5:
@@ -115,7 +116,10 @@ def _check_arguments(flow: Flow, x: Tensor) -> None:
             f"flow must be a cnf.Flow, got {type(flow).__name__}; unwrap it, as in model.module"
         )
     if not any(isinstance(module, CNF) for module in flow.modules()):
-        raise ValueError("the flow has no CNF, so no solve to audit; build it with cnf.CNF(field)")
+        raise ValueError(
+            "the flow has no CNF, so no solve to audit; the formulas of discrete layers are not "
+            "checked here: compare their log-determinants with torch.func.jacrev"
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
     if x.numel() == 0:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from cnf.base import Base, base_for
 from cnf.checks import check_choice, check_count
 from cnf.flow import Flow
-from cnf.models.parts import mixing_layer, stack
+from cnf.models.parts import mixed, stack
 from cnf.transforms import Elementwise, Inverse, MaskedAutoregressive, Transform
 
 __all__ = ["IAF", "MAF", "autoregressive_layers"]
@@ -34,14 +34,14 @@ def autoregressive_layers(
     check_count("features", features)
     check_count("layers", layers)
     check_choice("ordering", ordering, ORDERINGS)
-    made: list[list[Transform]] = []
+    made: list[Transform] = []
     for i in range(layers):
         own = ordering if ordering == "random" else ("forward", "reverse")[i % 2]
         layer = MaskedAutoregressive(
             features, elementwise, ordering=own, generator=generator, **options
         )
-        made.append([layer, *mixing_layer(mixing, (features,), generator)])
-    return made
+        made.append(layer)
+    return mixed(made, mixing, (features,), generator)
 
 
 class MAF(Flow):
@@ -49,8 +49,8 @@ class MAF(Flow):
 
         z_i = (x_i - m_i(x_1, ..., x_{i-1}, context)) / exp(s_i(x_1, ..., x_{i-1}, context))
 
-    The density of data is one pass of each layer's network; samples take D small steps a layer,
-    which together cost about one pass too.
+    The density of data is one pass of each layer's network. Samples take D small steps a layer,
+    in which every hidden unit is computed once.
 
     Args:
         features: number of dimensions D.

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.base import Base, base_for
-from cnf.checks import check_count
+from cnf.checks import check_choice, check_count
 from cnf.fields.base import event_shape_of
 from cnf.flow import Flow
-from cnf.models.parts import mixing_layer, stack
+from cnf.models.parts import MIXINGS, mixed, mixing_layer, stack
 from cnf.transforms import Coupling, Diagonal, Elementwise, RecursiveCoupling, Transform, make_mask
+from cnf.transforms.conditioners import Conditioner
 
 __all__ = ["HINT", "NICE", "RealNVP", "coupling_layers"]
 
@@ -35,20 +36,20 @@ def coupling_layers(
         ValueError: one layer alone, which would leave what it keeps as it is.
     """
     check_count("layers", layers)
-    if layers < 2 and mixing == "none":
+    check_choice("mixing", mixing, MIXINGS)
+    if layers < 2 and mixing != "lu":
         raise ValueError(
-            f"layers={layers} must be 2 or more with mixing='none': one coupling leaves the "
+            f"layers={layers} must be 2 or more with mixing={mixing!r}: one coupling leaves the "
             "dimensions that it keeps as they are"
         )
     if mask is None:
         mask = "checkerboard" if len(event_shape) == 3 else "alternating"
-    made: list[list[Transform]] = []
+    made: list[Transform] = []
     for i in range(layers):
         if i % 2 == 0:
             kept = make_mask(mask, event_shape, generator)
-        coupling = Coupling(event_shape, ~kept if i % 2 else kept, elementwise, **options)
-        made.append([coupling, *mixing_layer(mixing, event_shape, generator)])
-    return made
+        made.append(Coupling(event_shape, ~kept if i % 2 else kept, elementwise, **options))
+    return mixed(made, mixing, event_shape, generator)
 
 
 class RealNVP(Flow):
@@ -67,11 +68,12 @@ class RealNVP(Flow):
         mask: what the first coupling keeps, the second changes, and so on: "alternating",
             "halves", "random" (another one every second layer), for images "checkerboard",
             "channel"; or a boolean tensor. None takes "alternating", for images "checkerboard".
-        mixing: what stands between layers: "none", "reverse" or "random" (fixed permutations),
-            "lu" (a learned matrix).
+        mixing: what stands between layers: "none"; "lu" (a learned matrix); "reverse" or "random"
+            (fixed permutations, between pairs of layers).
+        conditioner: makes each network, see `Coupling`; None takes a perceptron, or convolutions
+            for images.
         base: base density; None for the standard normal.
         generator: source of random masks and permutations.
-        options: passed to each `Coupling`, such as conditioner=.
 
     Raises:
         TypeError: an argument of a wrong kind.
@@ -95,9 +97,9 @@ class RealNVP(Flow):
         activation: str | nn.Module = "relu",
         mask: str | Tensor | None = None,
         mixing: str = "none",
+        conditioner: Conditioner | None = None,
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
     ) -> None:
         event_shape = event_shape_of(features)
         made = coupling_layers(
@@ -110,7 +112,7 @@ class RealNVP(Flow):
             hidden=hidden,
             context=context,
             activation=activation,
-            **options,
+            conditioner=conditioner,
         )
         super().__init__(base_for(event_shape, base), stack(made))
 
@@ -128,9 +130,10 @@ class NICE(Flow):
         activation: of the networks, by name or as a module.
         mask: what the first coupling keeps, see `RealNVP`.
         mixing: what stands between layers: "none", "reverse", "random" or "lu".
+        conditioner: makes each network, see `Coupling`; None takes a perceptron, or convolutions
+            for images.
         base: base density; None for the standard normal.
         generator: source of random masks and permutations.
-        options: passed to each `Coupling`, such as conditioner=.
 
     Raises:
         TypeError: an argument of a wrong kind.
@@ -153,9 +156,9 @@ class NICE(Flow):
         activation: str | nn.Module = "relu",
         mask: str | Tensor | None = None,
         mixing: str = "none",
+        conditioner: Conditioner | None = None,
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
     ) -> None:
         event_shape = event_shape_of(features)
         made = coupling_layers(
@@ -168,7 +171,7 @@ class NICE(Flow):
             hidden=hidden,
             context=context,
             activation=activation,
-            **options,
+            conditioner=conditioner,
         )
         super().__init__(base_for(event_shape, base), stack([[Diagonal(event_shape)], *made]))
 
@@ -176,8 +179,8 @@ class NICE(Flow):
 class HINT(Flow):
     """HINT: recursive couplings, whose halves are coupled within, and so on to single dimensions.
 
-    Every layer has a triangular Jacobian over all dimensions, and both directions cost a network a
-    level.
+    Every layer has a triangular Jacobian over all dimensions. At full depth it has D - 1 networks,
+    each run once in both directions.
 
     Args:
         features: dimensions of a sample, D (2 or more), or its shape, such as (C, H, W).
@@ -188,9 +191,10 @@ class HINT(Flow):
         elementwise: "affine", "additive", "spline", or an `Elementwise`.
         depth: number of levels; None goes down to halves of one dimension.
         mixing: what stands between layers: "lu" (a learned matrix), "reverse", "random".
+        conditioner: makes each network, see `Coupling`; None takes a perceptron, or convolutions
+            for images.
         base: base density; None for the standard normal.
         generator: source of random permutations.
-        options: passed to each `Coupling`, such as conditioner=.
 
     Raises:
         TypeError: an argument of a wrong kind.
@@ -214,16 +218,17 @@ class HINT(Flow):
         elementwise: str | Elementwise = "affine",
         depth: int | None = None,
         mixing: str = "lu",
+        conditioner: Conditioner | None = None,
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
     ) -> None:
         event_shape = event_shape_of(features)
         check_count("layers", layers)
-        if mixing == "none":
+        check_choice("mixing", mixing, MIXINGS)
+        if mixing == "none" or (layers < 2 and mixing != "lu"):
             raise ValueError(
-                "mixing='none' leaves the first dimension as it is in every layer; use 'lu', "
-                "'reverse' or 'random'"
+                f"mixing={mixing!r} leaves the first dimension as it is in all of layers={layers}; "
+                "use 'lu', or 'reverse' or 'random' with two layers or more"
             )
         made: list[list[Transform]] = []
         for _ in range(layers):
@@ -234,7 +239,7 @@ class HINT(Flow):
                 hidden=hidden,
                 context=context,
                 activation=activation,
-                **options,
+                conditioner=conditioner,
             )
-            made.append([coupling, *mixing_layer(mixing, event_shape, generator)])
+            made.append([coupling, *mixing_layer(mixing, event_shape, generator, coupling.kept)])
         super().__init__(base_for(event_shape, base), stack(made))

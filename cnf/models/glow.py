@@ -22,6 +22,7 @@ from cnf.transforms import (
     Squeeze,
     Transform,
 )
+from cnf.transforms.conditioners import Conditioner
 
 __all__ = ["Glow", "glow_step"]
 
@@ -32,12 +33,19 @@ def glow_step(
     *,
     context: int = 0,
     activation: str | nn.Module = "relu",
+    conditioner: Conditioner | None = None,
     generator: torch.Generator | None = None,
 ) -> Transform:
     """A step of Glow, from data to base: ActNorm, an invertible 1x1 convolution, a coupling."""
     return Compose(
         Coupling(
-            event_shape, "channel", "affine", hidden=hidden, context=context, activation=activation
+            event_shape,
+            "channel",
+            "affine",
+            hidden=hidden,
+            context=context,
+            activation=activation,
+            conditioner=conditioner,
         ),
         Inverse(Conv1x1(event_shape, generator=generator)),
         ActNorm(event_shape),
@@ -56,6 +64,7 @@ class Glow(Flow):
         hidden: channels of the hidden layers of each coupling's network.
         context: number of context features, 0 for none.
         activation: of the networks, by name or as a module.
+        conditioner: makes each network, see `Coupling`; None takes convolutions.
         base: base density; None for the standard normal.
         generator: source of the random permutations that the 1x1 convolutions start from.
 
@@ -80,6 +89,7 @@ class Glow(Flow):
         *,
         context: int = 0,
         activation: str | nn.Module = "relu",
+        conditioner: Conditioner | None = None,
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -88,6 +98,12 @@ class Glow(Flow):
             raise ValueError(f"features={features!r} must be the shape of an image (C, H, W)")
         check_count("levels", levels)
         check_count("steps", steps)
+        for name, size in zip(("height", "width"), event_shape[1:], strict=True):
+            if size % 2**levels:
+                raise ValueError(
+                    f"features={event_shape} cannot be squeezed levels={levels} times: {name} "
+                    f"{size} not divisible by {2**levels}; use fewer levels, or pad or crop"
+                )
         stages: list[Transform] = []
         shape = event_shape
         for _ in range(levels):
@@ -98,6 +114,7 @@ class Glow(Flow):
                     hidden,
                     context=context,
                     activation=activation,
+                    conditioner=conditioner,
                     generator=generator,
                 )
                 for _ in range(steps)

@@ -7,18 +7,22 @@ import torch
 from cnf.checks import check_choice
 from cnf.transforms import Compose, Conv1x1, Inverse, LULinear, Permutation, Transform
 
-__all__ = ["MIXINGS", "mixing_layer", "stack"]
+__all__ = ["MIXINGS", "mixed", "mixing_layer", "stack"]
 
 MIXINGS = ("none", "reverse", "random", "lu")
 """What may stand between layers."""
 
 
 def mixing_layer(
-    mixing: str, event_shape: tuple[int, ...], generator: torch.Generator | None = None
+    mixing: str,
+    event_shape: tuple[int, ...],
+    generator: torch.Generator | None = None,
+    kept: int = 0,
 ) -> list[Transform]:
     """What stands between two layers: nothing, a permutation, or a learned matrix.
 
-    The matrix is that of the way from data to base, which training goes.
+    The matrix is that of the way from data to base, which training goes. A random permutation
+    puts none of the first `kept` dimensions there again, where the layer would not change them.
     """
     check_choice("mixing", mixing, MIXINGS)
     if mixing == "none":
@@ -26,7 +30,30 @@ def mixing_layer(
     if mixing == "lu":
         kind = Conv1x1 if len(event_shape) == 3 else LULinear
         return [Inverse(kind(event_shape, generator=generator))]
-    return [Permutation(event_shape, mixing, generator=generator)]
+    if mixing == "reverse":
+        return [Permutation(event_shape, mixing)]
+    order = Permutation(event_shape, "random", generator=generator).order.tolist()
+    first = [i for i in order if i >= kept][:kept]
+    rest = [i for i in order if i not in first]
+    return [Permutation(event_shape, first + rest)]
+
+
+def mixed(
+    layers: list[Transform],
+    mixing: str,
+    event_shape: tuple[int, ...],
+    generator: torch.Generator | None = None,
+) -> list[list[Transform]]:
+    """Layers that take turns, each with what mixes behind it.
+
+    Permutations stand behind every second layer: within a pair, two masks or two orders complete
+    each other, which a permutation between them could undo.
+    """
+    made: list[list[Transform]] = []
+    for i, layer in enumerate(layers):
+        behind = mixing == "lu" or i % 2 == 1
+        made.append([layer, *(mixing_layer(mixing, event_shape, generator) if behind else [])])
+    return made
 
 
 def stack(layers: list[list[Transform]]) -> Compose:

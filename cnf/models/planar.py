@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.distributions import Distribution
 
@@ -100,11 +101,13 @@ class SylvesterFlow(Flow):
         features: dimensions of a sample, D, or its shape.
         layers: number of layers.
         kind: of the orthonormal Q: "orthogonal", "householder" or "triangular" (permutations).
+        activation: h, see `PlanarFlow`.
         context: number of context features, 0 for none: each layer's parameters are then predicted
             from it (amortised).
         explicit: which direction is the formula and which one a root finding: "sampling" (z to x,
             variational inference) or "density" (x to z, maximum likelihood).
         base: base density; None for the standard normal.
+        options: passed to each `Sylvester`: rank=, reflections=.
 
     Raises:
         ValueError: a size that is not positive, a choice that is not known.
@@ -123,18 +126,24 @@ class SylvesterFlow(Flow):
         *,
         kind: str = "orthogonal",
         context: int = 0,
+        activation: str = "tanh",
         explicit: str = "sampling",
         base: Base | Distribution | None = None,
+        **options: Any,
     ) -> None:
-        transform = _stack(layers, explicit, lambda i: _sylvester(features, kind, context, i))
+        def make(i: int) -> Transform:
+            reverse = kind == "triangular" and i % 2 == 1  # in turns
+            return Sylvester(
+                features,
+                kind=kind,
+                context=context,
+                activation=activation,
+                reverse=reverse,
+                **options,
+            )
+
+        transform = _stack(layers, explicit, make)
         super().__init__(base_for(event_shape_of(features), base), transform)
-
-
-def _sylvester(features: int | Sequence[int], kind: str, context: int, i: int) -> Transform:
-    """Every second triangular layer takes the dimensions in the reverse order."""
-    return Sylvester(
-        features, kind=kind, context=context, reverse=kind == "triangular" and i % 2 == 1
-    )
 
 
 def _stack(layers: int, explicit: str, make: Callable[[int], Transform]) -> Transform:

@@ -16,6 +16,7 @@ from cnf.models.autoregressive import autoregressive_layers
 from cnf.models.coupling import coupling_layers
 from cnf.models.parts import stack
 from cnf.transforms import RationalQuadraticSpline, Transform
+from cnf.transforms.conditioners import Conditioner
 
 __all__ = ["NeuralSpline"]
 
@@ -36,6 +37,7 @@ class NeuralSpline(Flow):
         context: number of context features, 0 for none.
         activation: of the networks, by name or as a module.
         mask: what the first coupling keeps, see `RealNVP`; for couplings alone.
+        conditioner: makes each network, see `Coupling`; for couplings alone.
         mixing: what stands between layers: "lu" (a learned matrix), "none", "reverse", "random".
         base: base density; None for the standard normal.
         generator: source of random permutations.
@@ -65,6 +67,7 @@ class NeuralSpline(Flow):
         activation: str | nn.Module = "relu",
         mask: str | Tensor | None = None,
         mixing: str = "lu",
+        conditioner: Conditioner | None = None,
         base: Base | Distribution | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -83,10 +86,13 @@ class NeuralSpline(Flow):
                 hidden=hidden,
                 context=context,
                 activation=activation,
+                conditioner=conditioner,
             )
         else:
-            if mask is not None:
-                raise ValueError("mask is for kind='coupling' alone; leave it out")
+            if mask is not None or conditioner is not None:
+                raise ValueError(
+                    "mask and conditioner are for kind='coupling' alone; leave them out"
+                )
             if len(event_shape) != 1:
                 raise ValueError(
                     f"features={features!r} must be a number of dimensions D for "

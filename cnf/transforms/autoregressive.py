@@ -21,9 +21,9 @@ class MaskedAutoregressive(DiscreteTransform):
         z_i = g^-1(x_i; p_i(x_1, ..., x_{i-1}, context)),    affine: z_i = (x_i - m_i) / exp(s_i)
 
     `inverse` (x to z, so the density of data) is one pass of the network. `forward` (sampling)
-    goes through the D dimensions one by one, and computes every hidden unit once, so that it
-    costs about one pass too, in D small steps. `cnf.Inverse` of it is the inverse autoregressive
-    flow (IAF), where sampling is the one pass. It is the identity at first.
+    goes through the D dimensions one by one, and computes every hidden unit once: the arithmetic
+    of one pass, in D small steps. `cnf.Inverse` of it is the inverse autoregressive flow (IAF),
+    where sampling is the one pass. It is the identity at first.
 
     Args:
         features: number of dimensions D.
@@ -116,10 +116,14 @@ def _order(ordering: str | Sequence[int], dims: int, generator: torch.Generator 
             return torch.randperm(dims, generator=generator, device=device).cpu()
         order = torch.arange(dims)
         return order.flip(0) if ordering == "reverse" else order
-    order = torch.as_tensor(ordering)
-    if sorted(order.tolist()) != list(range(dims)):
-        raise ValueError(f"ordering={order.tolist()!r} must hold each of 0, ..., {dims - 1} once")
-    return order
+    given = ordering.tolist() if isinstance(ordering, Tensor) else ordering
+    whole = isinstance(given, Sequence) and all(type(i) is int for i in given)
+    if not whole or sorted(given) != list(range(dims)):
+        raise ValueError(
+            f"ordering={given!r} must be 'forward', 'reverse', 'random', or hold each of the "
+            f"integers 0, ..., {dims - 1} once"
+        )
+    return torch.tensor(given)
 
 
 def _reordered(x: Tensor, order: Tensor | None) -> Tensor:

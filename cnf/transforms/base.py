@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cnf.divergence import Divergence
     from cnf.ode import Solver, TorchDiffEq
 
-__all__ = ["Choices", "Compose", "Inverse", "Transform", "check_choices"]
+__all__ = ["Choices", "Compose", "Inverse", "Transform", "check_choices", "check_ranks"]
 
 
 class Choices(TypedDict, total=False):
@@ -62,12 +62,14 @@ class Transform(nn.Module, ABC):
     Attributes:
         event_shape: shape of a data sample x, where it is fixed, else None.
         base_shape: shape of a base sample z, where it is fixed, else None.
+        event_dims: number of dimensions of a sample, where it is fixed without its shape being so.
         takes_context: whether it can be given context. Containers hand context to the transforms
             that take it, and leave it out for the others.
     """
 
     event_shape: tuple[int, ...] | None = None
     base_shape: tuple[int, ...] | None = None
+    event_dims: int | None = None
     takes_context: bool = True
 
     @abstractmethod
@@ -129,6 +131,7 @@ class Compose(Transform):
                 )
         self.transforms = nn.ModuleList(transforms)
         self.base_shape, self.event_shape = _shapes_of(transforms)
+        self.event_dims = next((t.event_dims for t in transforms if t.event_dims is not None), None)
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
@@ -140,6 +143,9 @@ class Compose(Transform):
 
     def __len__(self) -> int:
         return len(self.transforms)
+
+    def __getitem__(self, i: int) -> Transform:
+        return self.transforms[i]  # type: ignore[return-value]
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -197,6 +203,7 @@ def _shapes_of(
     Raises:
         ValueError: a transform whose samples are not of the shape that the next one reads.
     """
+    check_ranks(transforms)
     base = shape = transforms[0].base_shape
     for i, transform in enumerate(transforms):
         reads = transform.base_shape
@@ -208,6 +215,28 @@ def _shapes_of(
         base = reads if base is None else base
         shape = transform.event_shape or shape
     return base, shape
+
+
+def check_ranks(transforms: Sequence[Transform], event_shape: Sequence[int] = ()) -> None:
+    """Refuse transforms of samples with another number of dimensions than the others'.
+
+    Args:
+        transforms: those that meet the same samples.
+        event_shape: the shape of these samples, where it is known.
+
+    Raises:
+        ValueError: a `CNF` without a shape of its own, and another event_dims.
+    """
+    shapes = [t.event_shape or t.base_shape for t in transforms]
+    known = next((shape for shape in (event_shape, *shapes) if shape), None)
+    for i, transform in enumerate(transforms):
+        rank = transform.event_dims
+        if known is not None and rank is not None and rank != len(known):
+            raise ValueError(
+                f"transforms[{i}], a {type(transform).__name__}, has event_dims={rank}, but "
+                f"samples of the shape {tuple(known)} have {len(known)} dimensions; use "
+                f"CNF(field, ..., event_dims={len(known)})"
+            )
 
 
 class Inverse(Transform):
@@ -233,6 +262,7 @@ class Inverse(Transform):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
         self.transform = transform
         self.base_shape, self.event_shape = transform.event_shape, transform.base_shape
+        self.event_dims = transform.event_dims
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]

@@ -117,6 +117,8 @@ class ConvNet(nn.Module):
                 f"inputs={tuple(inputs)!r} and outputs={tuple(outputs)!r} must be shapes (C, H, W) "
                 "of one height and width"
             )
+        if context and not hidden:
+            raise ValueError("hidden=() leaves context no layer to enter by; use such as (64, 64)")
         widths = [inputs[0], *hidden]
         self.layers = nn.ModuleList()
         self.activations = nn.ModuleList()

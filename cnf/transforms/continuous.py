@@ -66,6 +66,8 @@ class CNF(Transform):
         [0.3679, 0.3679, -2.0]
     """
 
+    event_dims: int
+
     def __init__(
         self,
         field: Field,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +36,10 @@ class Coupling(DiscreteTransform):
         context: number of context features, 0 for none.
         activation: of the conditioner, by name or as a module.
         conditioner: makes the conditioner, called as conditioner(inputs, outputs, context) with
-            two shapes; its module maps (x (B, *inputs), context (B, C) or None) to (B, *outputs).
-            None takes a perceptron, or convolutions for images.
+            two shapes; its module maps (x (B, *inputs), context (B, C) or None) to (B, *outputs),
+            the first parameter of all that changes, then the second, ...: shifts, then raw scales,
+            for "affine". Zeros are the identity. None takes a perceptron, or convolutions for
+            images, of the hidden layers and the activation above.
         generator: source of a random mask.
 
     Shapes:
@@ -76,8 +77,18 @@ class Coupling(DiscreteTransform):
         kept, changed = self.parts.shapes
         if conditioner is None:
             conditioner = default_conditioner(self.event_shape, hidden, activation)
-        outputs = (self.elementwise.parameters * changed[0], *changed[1:])
-        self.conditioner = conditioner(kept, outputs, context)
+        elif isinstance(conditioner, nn.Module) or not callable(conditioner):
+            raise TypeError(
+                "conditioner must make a network, called as conditioner(inputs, outputs, context), "
+                f"got {type(conditioner).__name__}; use such as the class cnf.transforms.MLP"
+            )
+        self.outputs = (self.elementwise.parameters * changed[0], *changed[1:])
+        self.conditioner = conditioner(kept, self.outputs, context)
+        if not isinstance(self.conditioner, nn.Module):
+            raise TypeError(
+                f"conditioner(inputs, outputs, context) returned a "
+                f"{type(self.conditioner).__name__}, expected an nn.Module"
+            )
 
     def extra_repr(self) -> str:
         """The elementwise map, for `print`."""
@@ -98,14 +109,14 @@ class Coupling(DiscreteTransform):
     def _predict(self, kept: Tensor, changed: Tensor, context: Tensor | None) -> Tensor:
         """(B, P, *changed)."""
         raw: Tensor = self.conditioner(kept, context)
-        expected = (len(kept), self.elementwise.parameters, *changed.shape[1:])
-        if raw.numel() != math.prod(expected) or len(raw) != len(kept):
+        n = self.elementwise.parameters
+        if raw.shape[1:] != self.outputs or len(raw) != len(kept):
             raise ValueError(
                 f"conditioner returned the shape {tuple(raw.shape)}, expected "
-                f"({len(kept)}, {expected[1] * changed.shape[1]}, ...): {expected[1]} parameters "
-                f"for each of the dimensions {tuple(changed.shape[1:])} that change"
+                f"{(len(kept), *self.outputs)}: {n} parameters for each of the dimensions "
+                f"{tuple(changed.shape[1:])} that change, the first of all of them first"
             )
-        return raw.reshape(expected)
+        return raw.reshape(len(kept), n, *changed.shape[1:])
 
 
 def _by_first_dimension(mask: Tensor) -> bool:
@@ -133,6 +144,8 @@ class _Halves(nn.Module):
 
     def _find_pieces(self) -> None:
         """Whether both parts are in one piece each, where slices are enough."""
+        if self.order.is_meta:
+            return  # what it was built with stays until values come
         order, n = self.order.tolist(), len(self.order)
         changed_first = order == [*range(n - self.n_kept, n), *range(n - self.n_kept)]
         self.n_first = n - self.n_kept if changed_first else 0  # entries before the kept ones

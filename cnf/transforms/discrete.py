@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cnf.fields.base import event_shape_of
@@ -33,7 +34,8 @@ class DiscreteTransform(Transform):
        log |det dx/dz| (B,);
     3. write `to_base(x, context)`: x (B, *event) -> z (B, *base) and log |det dz/dx| (B,).
 
-    Any batch dimensions, the broadcast of context, and the checks of both are done here.
+    Any batch dimensions, the broadcast of context, and the checks of both are done here; under
+    autocast the formulas still compute in the dtype of x.
 
     Args:
         features: dimensions of a data sample, D, or its shape, such as (C, H, W).
@@ -41,9 +43,10 @@ class DiscreteTransform(Transform):
         base_shape: shape of a base sample, where it is another.
 
     Raises:
-        TypeError: in a call, x or context of a wrong dtype, or an unknown choice.
+        TypeError: in a call, x or context of a wrong dtype, an unknown choice, or a formula that
+            does not return two tensors.
         ValueError: a size that is not positive; in a call, x or context of a wrong shape or device,
-            context missing or not expected.
+            context missing or not expected, or a formula that returns other shapes.
 
     Example:
         >>> import torch
@@ -112,12 +115,30 @@ class DiscreteTransform(Transform):
         check_like(x, self)
         batch = x.shape[: x.ndim - len(shape)]
         context = self._expanded(context, batch, x)
-        if len(batch) == 1:
-            return formula(x, context)
+        if _autocasts(x.device.type):  # half precision costs whole nats here
+            with torch.autocast(x.device.type, enabled=False):
+                return self._on_batch(formula, x, context, shape)
         n = batch.numel()
-        context = None if context is None else context.reshape(n, self.context)
-        value, log_det = formula(x.reshape(n, *shape), context)
-        return value.reshape(*batch, *value.shape[1:]), log_det.reshape(batch)
+        if len(batch) != 1:
+            context = None if context is None else context.reshape(n, self.context)
+            x = x.reshape(n, *shape)
+        result = formula(x, context)
+        other = self.base_shape if shape is self.event_shape else self.event_shape
+        if not _has_shapes(result, (n, *other), (n,)):
+            raise self._wrong_result(formula, result, (n, *other))
+        value, log_det = result
+        if len(batch) == 1:
+            return value, log_det
+        return value.reshape(*batch, *other), log_det.reshape(batch)
+
+    def _wrong_result(self, formula: Formula, result: object, shape: tuple[int, ...]) -> Exception:
+        """What a formula should have returned."""
+        name = f"{type(self).__name__}.{getattr(formula, '__name__', 'formula')}"
+        expected = f"expected a value of shape {shape} and a log-determinant of shape {shape[:1]}"
+        if not (isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result)):
+            return TypeError(f"{name} returned a {type(result).__name__}, {expected}")
+        shapes = " and ".join(str(tuple(part.shape)) for part in result)
+        return ValueError(f"{name} returned {shapes}, {expected}; sum over the sample's dimensions")
 
     def _expanded(self, context: Tensor | None, batch: Sequence[int], x: Tensor) -> Tensor | None:
         """Context, checked, broadcast against the batch (*batch, C)."""
@@ -136,11 +157,27 @@ class DiscreteTransform(Transform):
                 f"context={context.shape[-1]} if its kind can"
             )
         if context.shape[-1] != self.context:
+            hint = "; use context[:, None]" if self.context == 1 and context.ndim == 1 else ""
             raise ValueError(
-                f"context has {context.shape[-1]} features, expected context={self.context}"
+                f"context has {context.shape[-1]} features, expected context={self.context}{hint}"
             )
         check_context_like(context, x)
         return expand_context(context, batch)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _has_shapes(result: object, *shapes: tuple[int, ...]) -> bool:
+    return (
+        isinstance(result, tuple)
+        and len(result) == len(shapes)
+        and all(
+            isinstance(part, Tensor) and part.shape == shape
+            for part, shape in zip(result, shapes, strict=True)
+        )
+    )
 
 
 def check_context_size(context: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cnf.ode.inputs import check_floating
 
-__all__ = ["check_context_like", "check_event", "check_like"]
+__all__ = ["check_context_like", "check_event", "check_like", "check_vector"]
 
 
 def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
@@ -23,6 +23,16 @@ def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
     if x.ndim < len(event) or x.shape[x.ndim - len(event) :] != event:
         expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
         raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
+
+
+def check_vector(event_shape: Sequence[int]) -> None:
+    """Refuse scalars, for what acts along the first dimension of a sample.
+
+    Raises:
+        ValueError: a shape without dimensions.
+    """
+    if not event_shape:
+        raise ValueError("features=() are scalars, which have no first dimension; use D or a shape")
 
 
 def check_like(x: Tensor, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnf.transforms.amortized import Amortized
 from cnf.transforms.base import Choices, check_choices
 from cnf.transforms.discrete import DiscreteTransform, Formula
+from cnf.transforms.inputs import check_vector
 from cnf.transforms.matrices import FullMatrix, LUMatrix, Matrix, QRMatrix, make_matrix
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class Conv1x1(_MatrixTransform):
 
     def _size(self) -> int:
         """The number of channels."""
+        check_vector(self.event_shape)
         return self.event_shape[0]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ class MADE(nn.Module):
         p_i = network(x_1, ..., x_{i-1}, context),    i = 1, ..., D
 
     Hidden units have degrees, evenly spread and in order: one of degree m sees x_1, ..., x_m.
-    Those of degree 0 see context alone, so that p_1 depends on it. It is zero at first.
+    Those of degree 0, an eighth at least, see context alone, so that p_1 depends on it. Layers
+    narrower than D have no unit for some degrees, so that some p_i do not depend on x_{i-1}; there
+    is a warning. It is zero at first.
 
     Args:
         features: number of dimensions D.
@@ -72,8 +75,14 @@ class MADE(nn.Module):
                 "such as (64, 64)"
             )
         self.features, self.parameters_each, self.residual = features, parameters, residual
-        lowest = 0 if context or features == 1 else 1
-        degrees = [_spread(lowest, features, width) for width in hidden]
+        degrees = [_degrees(features, width, with_context=context > 0) for width in hidden]
+        if narrow := [width for width in hidden if width < features - 1]:
+            warnings.warn(
+                f"hidden={tuple(hidden)}: a layer of {min(narrow)} units cannot keep all of the "
+                f"{features} dimensions apart, so some parameters will not depend on all those "
+                f"before them; use {features} units or more",
+                stacklevel=2,
+            )
         self.degrees = degrees  # of every hidden layer, ascending
         inputs = list(range(1, features + 1))
         self.layers = nn.ModuleList()
@@ -96,9 +105,16 @@ class MADE(nn.Module):
         return cast(Tensor, self.last(h).reshape(len(x), self.parameters_each, self.features))
 
 
-def _spread(lowest: int, features: int, width: int) -> list[int]:
-    """Degrees lowest, ..., D - 1 over the units of a layer, ascending."""
-    return [lowest + k * max(1, features - lowest) // width for k in range(width)]
+def _degrees(features: int, width: int, *, with_context: bool) -> list[int]:
+    """Degrees 0 or 1, ..., D - 1 over the units of a layer, ascending."""
+    if features == 1:
+        return [0] * width
+    zeros = max(width // 8, width // features, 1) if with_context else 0
+    rest = max(width - zeros, 1)
+    steps = [1 + (features - 1) * k // rest for k in range(rest)]
+    if rest < features - 1:  # the last one is never left out
+        steps[-1] = features - 1
+    return [0] * (width - rest) + steps
 
 
 class _MaskedLinear(nn.Linear):
@@ -108,8 +124,17 @@ class _MaskedLinear(nn.Linear):
 
     def __init__(self, before: Sequence[int], after: Sequence[int]) -> None:
         super().__init__(len(before), len(after))
-        mask = torch.tensor(after)[:, None] >= torch.tensor(before)
-        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.degrees = list(before), list(after)
+        self.register_buffer("mask", self._mask().to(self.weight), persistent=False)
+
+    def _mask(self) -> Tensor:
+        before, after = (torch.tensor(degrees, device="cpu") for degrees in self.degrees)
+        return after[:, None] >= before
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.mask.is_meta:  # it may come from the meta device, and then be empty memory
+            self.mask.copy_(self._mask())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n) -> (B, m)."""
@@ -119,8 +144,8 @@ class _MaskedLinear(nn.Linear):
 class Walk:
     """The same network one dimension at a time, when x_i is known only after p_i.
 
-    Every hidden unit is computed once, as soon as what it sees is known: all D steps together cost
-    about one pass of the network, where repeating the pass would cost D.
+    Every hidden unit is computed once, as soon as what it sees is known: all D steps together do
+    the arithmetic of one pass of the network, where repeating the pass would do that of D.
 
     Args:
         made: the network.

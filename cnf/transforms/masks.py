@@ -9,18 +9,19 @@ from torch import Tensor
 
 from cnf.checks import check_choice
 from cnf.fields.base import event_shape_of
+from cnf.transforms.inputs import check_vector
 
 __all__ = ["MASKS", "make_mask"]
 
 
 def _halves(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """The first half of the first dimension, the smaller one if it is odd."""
-    return _along_first(torch.arange(shape[0]) < shape[0] // 2, shape)
+    return _along_first(_range(shape[0]) < shape[0] // 2, shape)
 
 
 def _alternating(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Every second entry of the first dimension."""
-    return _along_first(torch.arange(shape[0]) % 2 == 1, shape)
+    return _along_first(_range(shape[0]) % 2 == 1, shape)
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -34,8 +35,13 @@ def _checkerboard(shape: tuple[int, ...], generator: torch.Generator | None) -> 
     """Every second pixel of an image, of all its channels."""
     if len(shape) != 3:
         raise ValueError(f"mask='checkerboard' is for images (C, H, W), got the shape {shape}")
-    rows, columns = torch.arange(shape[1]), torch.arange(shape[2])
+    rows, columns = _range(shape[1]), _range(shape[2])
     return ((rows[:, None] + columns) % 2 == 1).expand(shape)
+
+
+def _range(n: int) -> Tensor:
+    """0, ..., n - 1, whatever torch's default device: a mask is looked at."""
+    return torch.arange(n, device="cpu")
 
 
 def _along_first(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -77,22 +83,33 @@ def make_mask(
         tensor([False,  True, False,  True, False])
     """
     shape = event_shape_of(features)
+    check_vector(shape)
     if isinstance(mask, str):
         check_choice("mask", mask, MASKS, ", or a boolean tensor")
         made = MASKS[mask](shape, generator).clone()
     elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
         made = mask.clone()
     else:
-        kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a name or a boolean tensor, got {kind}; use mask.bool()")
+        if isinstance(mask, Tensor):
+            kind, remedy = str(mask.dtype), "mask.bool()"
+        else:
+            kind, remedy = type(mask).__name__, "torch.tensor(mask, dtype=torch.bool)"
+        raise TypeError(f"mask must be a name or a boolean tensor, got {kind}; use {remedy}")
     if made.shape != shape:
         raise ValueError(f"mask has shape {tuple(made.shape)}, expected features={shape}")
     kept = int(made.sum())
     if kept in (0, made.numel()):
         what = "keeps" if kept else "changes"
+        hint = "; for images of one channel use 'checkerboard'" if len(shape) == 3 else ""
+        if made.numel() == 1:
+            raise ValueError(
+                f"features={shape} is one dimension; a coupling needs two dimensions or more, one "
+                "to keep and one to change; use MAF, NeuralSpline(kind='autoregressive'), "
+                "PlanarFlow or FFJORD"
+            )
         raise ValueError(
-            f"mask={mask if isinstance(mask, str) else made.tolist()!r} {what} all of the "
+            f"mask={repr(mask) if isinstance(mask, str) else 'the tensor'} {what} all of the "
             f"{made.numel()} dimensions of {shape}; a coupling needs two dimensions or more, one "
-            "to keep and one to change"
+            f"to keep and one to change{hint}"
         )
     return made

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cnf.checks import check_choice
 from cnf.fields.base import event_shape_of
-from cnf.transforms.base import Choices, Compose, Transform, check_choices
+from cnf.transforms.base import Choices, Compose, Transform, check_choices, check_ranks
 from cnf.transforms.discrete import DiscreteTransform
-from cnf.transforms.inputs import check_event
+from cnf.transforms.inputs import check_event, check_vector
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,6 +129,7 @@ class Split(Transform):
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
         self.event_shape = self.base_shape = event_shape_of(features)
+        check_vector(self.event_shape)
         n, *others = self.event_shape
         if n == 1:
             raise ValueError(
@@ -142,6 +143,7 @@ class Split(Transform):
                 f"transform has the event shape {transform.event_shape}, but the first half of "
                 f"samples of shape {self.event_shape} has the shape {self.first_shape}"
             )
+        check_ranks([transform], self.first_shape)
         _check_size("transform", transform, self.first_shape)
         self.transform = transform
 

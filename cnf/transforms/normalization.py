@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnf.checks import check_positive, tracing
 from cnf.transforms.discrete import DiscreteTransform
-from cnf.transforms.inputs import check_event, check_like
+from cnf.transforms.inputs import check_event, check_like, check_vector
 
 __all__ = ["ActNorm", "BatchNorm"]
 
@@ -49,7 +49,8 @@ class ActNorm(_ChannelTransform):
     later one does. Until then `forward` is the identity, and sets nothing. Whether it has happened
     is part of the state that is saved and loaded. It needs the values of x: before torch.compile,
     `torch.func` transforms, or DistributedDataParallel (where each process would set its own),
-    call it once on a batch, or call `initialize`.
+    call it once on a batch, or call `initialize`. Within `cnf.Inverse` the directions are swapped:
+    there samples of the base would set it, so call `initialize`.
 
     Args:
         features: dimensions of a sample, D, or its shape, such as (C, H, W); channels are the first
@@ -78,6 +79,7 @@ class ActNorm(_ChannelTransform):
 
     def __init__(self, features: int | Sequence[int]) -> None:
         super().__init__(features)
+        check_vector(self.event_shape)
         channels = self.event_shape[0]
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
@@ -212,6 +214,7 @@ class BatchNorm(_ChannelTransform):
             raise ValueError(f"momentum={momentum!r} must be at most 1")
         self.momentum = momentum
         self.eps = eps
+        check_vector(self.event_shape)
         channels = self.event_shape[0]
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))

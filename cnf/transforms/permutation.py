@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cnf.checks import check_choice
 from cnf.transforms.discrete import DiscreteTransform
+from cnf.transforms.inputs import check_vector
 
 __all__ = ["Permutation"]
 
@@ -47,6 +48,7 @@ class Permutation(DiscreteTransform):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(features)
+        check_vector(self.event_shape)
         order = _order(permutation, self.event_shape[0], generator)
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", torch.argsort(order))
@@ -70,8 +72,8 @@ def _order(
         )
         if permutation == "reverse":
             return torch.arange(n - 1, -1, -1)
-        device = None if generator is None else generator.device
-        return torch.randperm(n, generator=generator, device=device)
+        device = "cpu" if generator is None else generator.device
+        return torch.randperm(n, generator=generator, device=device).cpu()
     if not isinstance(permutation, (Sequence, Tensor)):
         raise TypeError(
             f'permutation must be "reverse", "random" or a sequence of {n} indices, got '

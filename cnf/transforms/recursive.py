@@ -23,8 +23,8 @@ class RecursiveCoupling(DiscreteTransform):
         z = (R(x_1), R(C(x_2; x_1))),    C a coupling, R the same map of half the dimensions
 
     Its Jacobian is triangular and, at full depth, dense below the diagonal: every dimension but
-    the first depends on all before it, at the price of about one coupling a level in both
-    directions.
+    the first depends on all before it. Both directions run each network once: one a level of
+    2^level halves, so D - 1 at full depth.
 
     Args:
         features: dimensions of a sample, D, or its shape; halves are of the first dimension.
@@ -60,12 +60,13 @@ class RecursiveCoupling(DiscreteTransform):
         super().__init__(features, context)
         if depth is not None:
             check_count("depth", depth)
-        n, *rest = self.event_shape
         mask = make_mask("halves", self.event_shape)
+        n, *rest = self.event_shape
         self.coupling = Coupling(
             self.event_shape, mask, elementwise, hidden=hidden, context=context, **options
         )
         self.sizes = [n // 2, n - n // 2]
+        self.kept = self.sizes[0]  # dimensions at the beginning that do not change
         self.halves = nn.ModuleList()  # of each half, where it has two dimensions or more
         for size in self.sizes:
             if size == 1 or depth == 1:
@@ -80,6 +81,8 @@ class RecursiveCoupling(DiscreteTransform):
                 **options,
             )
             self.halves.append(deeper)
+        if isinstance(self.halves[0], RecursiveCoupling):
+            self.kept = self.halves[0].kept
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, *event) and log |det dx/dz| (B,)."""

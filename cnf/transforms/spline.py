@@ -15,7 +15,7 @@ from cnf.transforms.elementwise import Elementwise
 
 __all__ = ["RationalQuadraticSpline"]
 
-_SMALLEST_BIN = 0.1  # of the mean width or height: no slope is beyond about 20 K
+_SMALLEST_BIN = 0.1  # of the mean width or height
 _SMALLEST_SLOPE = 0.01  # at a knot
 _ONE = math.log(math.expm1(1 - _SMALLEST_SLOPE))  # softplus of it, and the smallest slope, give 1
 
@@ -39,8 +39,8 @@ class RationalQuadraticSpline(Elementwise):
         t = (x - x_k) / w,    s = h / w
 
     w, h are the sizes of the bin of x, d the slopes at its ends, which are 1 at -b and b. Bins
-    are no smaller than a tenth of the mean one and slopes at knots no smaller than 0.01, so that
-    both directions are well-conditioned in float32.
+    are no smaller than a tenth of the mean one and slopes at knots no smaller than 0.01, which
+    keeps the rounding of float32 in bounds.
 
     Args:
         bins: number of bins K.
@@ -77,7 +77,8 @@ class RationalQuadraticSpline(Elementwise):
         """z and log dz/dx, both (B, *event)."""
         inside, x_in = self._inside(x)
         b = self._bin(x_in, parameters, 0)
-        y, slope = _height_and_slope((x_in - b.left) / b.width, b)
+        t = ((x_in - b.left) / b.width).clamp(0, 1)  # at a knot rounding may have the other bin
+        y, slope = _height_and_slope(t, b)
         log_slope = (slope * (b.height / b.width)).log()
         return torch.where(inside, b.bottom + b.height * y, x), torch.where(inside, log_slope, 0.0)
 
@@ -85,8 +86,8 @@ class RationalQuadraticSpline(Elementwise):
         """x and log dx/dz, both (B, *event)."""
         inside, z_in = self._inside(z)
         b = self._bin(z_in, parameters, 1)
-        t = _position((z_in - b.bottom) / b.height, b)
-        log_slope = -(_height_and_slope(t, b)[1] * (b.height / b.width)).log()
+        t, slope = _position_and_slope(((z_in - b.bottom) / b.height).clamp(0, 1), b)
+        log_slope = -(slope * (b.height / b.width)).log()
         return torch.where(inside, b.left + b.width * t, z), torch.where(inside, log_slope, 0.0)
 
     def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +131,20 @@ def _height_and_slope(t: Tensor, b: _Bin) -> tuple[Tensor, Tensor]:
     return y, s / below.square() * above
 
 
-def _position(y: Tensor, b: _Bin) -> Tensor:
-    """The t in [0, 1] of a height y in [0, 1]: the root of a quadratic equation."""
+def _position_and_slope(y: Tensor, b: _Bin) -> tuple[Tensor, Tensor]:
+    """The t in [0, 1] of a height y in [0, 1], the root of a quadratic equation; the slope there.
+
+    The coefficient q itself may have cancelled, so a Newton step follows; it is taken where it
+    comes closer, for in a flat middle between steep ends it can overshoot.
+    """
     s = b.height / b.width
     y_bent = y * (b.slope + b.next_slope - 2 * s)
     p, q, r = s - b.slope + y_bent, b.slope - y_bent, -s * y
     # Rounding can make the discriminant negative; in this form of the root nothing cancels.
     discriminant = (q.square() - 4 * p * r).clamp_min(torch.finfo(y.dtype).tiny)
-    t = -2 * r / (q + discriminant.sqrt())
+    t = (-2 * r / (q + discriminant.sqrt())).clamp(0, 1)
     height, slope = _height_and_slope(t, b)
-    return t - (height - y) / slope  # q itself may have cancelled: a Newton step mends t
+    t_next = (t - (height - y) / slope).clamp(0, 1)
+    height_next, slope_next = _height_and_slope(t_next, b)
+    closer = (height_next - y).abs() <= (height - y).abs()
+    return torch.where(closer, t_next, t), torch.where(closer, slope_next, slope)

@@ -168,9 +168,10 @@ def test_a_base_of_ones_own() -> None:
 
 
 def test_what_stands_between_layers() -> None:
-    for mixing, kind in (("lu", LULinear), ("reverse", Permutation), ("random", Permutation)):
-        flow = cnf.RealNVP(4, 2, mixing=mixing)
-        assert sum(isinstance(m, kind) for m in flow.modules()) == 2
+    for mixing, count in (("none", 0), ("lu", 4), ("reverse", 2), ("random", 2)):
+        flow = cnf.RealNVP(4, 4, mixing=mixing)  # permutations stand between pairs
+        kind = LULinear if mixing == "lu" else Permutation
+        assert sum(isinstance(m, kind) for m in flow.transform.modules()) == count
     assert sum(isinstance(m, Conv1x1) for m in cnf.NICE((4, 2, 2), mixing="lu").modules()) == 8
     with pytest.raises(ValueError, match="Did you mean 'random'"):
         cnf.RealNVP(4, mixing="randm")
@@ -189,11 +190,11 @@ def test_what_stands_between_layers() -> None:
         (lambda: cnf.MAF(3, ordering="up"), "ordering='up'"),
         (lambda: cnf.NeuralSpline(3, kind="copling"), "Did you mean 'coupling'"),
         (lambda: cnf.NeuralSpline((1, 2, 2), kind="autoregressive"), "number of dimensions D"),
-        (lambda: cnf.NeuralSpline(3, kind="autoregressive", mask="halves"), "mask is for"),
+        (lambda: cnf.NeuralSpline(3, kind="autoregressive", mask="halves"), "mask and conditioner are for"),
         (lambda: cnf.PlanarFlow(2, explicit="both"), "explicit='both'"),
         (lambda: cnf.PlanarFlow(2, layers=-1), "layers=-1"),
         (lambda: cnf.Glow(4), "shape of an image"),
-        (lambda: cnf.Glow((1, 6, 6), levels=2), "height 3 not divisible by 2"),
+        (lambda: cnf.Glow((1, 6, 6), levels=2), "height 6 not divisible by 4"),
         (lambda: cnf.RealNVP(3, context=-1), "context=-1"),
         (lambda: cnf.RealNVP(3, activation="rleu"), "Did you mean 'relu'"),
     ],

@@ -52,6 +52,7 @@ def test_the_affine_formula() -> None:
     assert torch.allclose(log_det, -log_scale.sum(1), atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:hidden=")  # narrow layers too
 @pytest.mark.parametrize("dims", [1, 2, 5, 9])
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("residual", [False, True])
@@ -129,6 +130,43 @@ def test_in_float32_wild_networks_come_back_to_where_they_went(
         assert (log_det + negative).abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize(("dims", "width"), [(2, 2), (5, 5), (9, 20), (30, 64)])
+def test_no_dependence_is_lost_in_a_layer_of_enough_units(
+    context: int, dims: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    width += width // 8 + 1 if context else 0  # for context alone
+    f = randomised(
+        MaskedAutoregressive(dims, hidden=(width, width), context=context, activation="tanh")
+    )
+    c = torch.randn(1, context).double() if context else None
+    matrix = jacobian(lambda x: f.inverse(x, c), torch.randn(dims).double())
+    assert (matrix[torch.ones(dims, dims).tril().bool()] != 0).all()
+
+
+def test_narrow_layers_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="a layer of 4 units cannot keep all of the 9"):
+        MaskedAutoregressive(9, hidden=(16, 4))
+
+
+def test_the_first_dimension_sees_context_by_an_eighth_of_the_units() -> None:
+    made = MADE(64, 2, (64, 64), context=3)
+    assert [degrees.count(0) for degrees in made.degrees] == [8, 8]
+
+
+def test_empty_memory_becomes_the_masks_when_a_state_is_loaded() -> None:
+    f = randomised(MaskedAutoregressive(4)).float()
+    with torch.device("meta"):
+        twin = MaskedAutoregressive(4)
+    twin.to_empty(device="cpu")
+    for buffer in twin.buffers():
+        buffer.fill_(7)
+    twin.load_state_dict(f.state_dict())
+    x = torch.randn(3, 4)
+    assert torch.equal(twin.inverse(x), f.inverse(x))
+
+
 def test_iaf_is_its_inverse() -> None:
     f = randomised(MaskedAutoregressive(4))
     z = torch.randn(3, 4).double()
@@ -136,8 +174,9 @@ def test_iaf_is_its_inverse() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ordering=\[0, 0, 1\] must hold each of 0, ..., 2 once"):
-        MaskedAutoregressive(3, ordering=[0, 0, 1])
+    for ordering in ([0, 0, 1], [0, 1], ["a"], [0.0, 1.0, 2.0], [True, False, 2], 5):
+        with pytest.raises(ValueError, match=r"ordering=.* each of the integers 0, ..., 2 once"):
+            MaskedAutoregressive(3, ordering=ordering)
     with pytest.raises(ValueError, match="Did you mean 'reverse'"):
         MaskedAutoregressive(3, ordering="reversed")
     with pytest.raises(ValueError, match=r"features=\(1, 2, 2\) must be a number"):

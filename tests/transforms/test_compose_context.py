@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import cnf
-from cnf.transforms import DiscreteTransform
+from cnf.transforms import (
+    Diagonal,
+    DiscreteTransform,
+    Multiscale,
+    Planar,
+    Radial,
+    Split,
+    Squeeze,
+    Sylvester,
+)
 
 DIRECTIONS = ("forward", "inverse")
 TIGHT = cnf.Solver(rtol=1e-9, atol=1e-9)
@@ -218,3 +227,100 @@ def test_a_base_of_another_shape_than_the_first_reads_is_refused() -> None:
     assert cnf.Flow(cnf.StandardNormal(4), transform).sample((3,)).shape == (3, 2, 2)
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(4,\)|\(4,\).*\(2, 2\)"):
         cnf.Flow(cnf.StandardNormal(2, 2), transform)
+
+
+def test_neighbours_of_another_rank_are_refused() -> None:
+    """A CNF of a plain function has no shape, but a number of event dimensions."""
+    line = cnf.CNF(lambda t, x: -x.sin(), "exact")
+    for make in (
+        lambda: cnf.Compose(line, Diagonal((2, 2))),
+        lambda: cnf.Compose(Diagonal((2, 2)), line),
+        lambda: cnf.Compose(cnf.Inverse(line), cnf.Compose(Diagonal((2, 2)))),
+        lambda: Split(line, (4, 2)),
+        lambda: Multiscale(line, Diagonal((4, 2))),
+    ):
+        with pytest.raises(ValueError, match=r"event_dims=1, but samples .*event_dims=2"):
+            make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_discrete_flows_compute_as_without(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    flows = [
+        cnf.RealNVP(4, 2, (8,), mixing="lu"),
+        cnf.NeuralSpline(4, 2, (8,)),
+        cnf.MAF(4, 2, (8,)),
+        cnf.SylvesterFlow(4, 2),
+        cnf.HINT(4, 2, (8,)),
+    ]
+    x = torch.randn(5, 4)
+    for flow in flows:
+        for p in flow.parameters():
+            torch.nn.init.normal_(p, 0.0, 0.5)
+        expected = flow.log_prob(x)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(flow.log_prob(x), expected)
+            assert flow.sample((3,)).dtype == torch.float32
+
+
+def cooling(event_dims: int) -> cnf.CNF:
+    """The flow of a plain function, which knows no shape: x = z / e."""
+    return cnf.CNF(lambda t, x: -x, "exact", event_dims=event_dims)
+
+
+def test_the_base_shape_is_that_of_the_first_part_that_has_one() -> None:
+    for parts in (
+        (cooling(3), Squeeze((1, 4, 4))),
+        (cooling(3), cooling(3), Diagonal((4, 2, 2)), Squeeze((1, 4, 4))),
+        (cnf.Inverse(cooling(3)), Squeeze((1, 4, 4)), cooling(3)),
+        (cnf.Compose(cooling(3), cnf.Compose(cooling(3), Squeeze((1, 4, 4)))), cooling(3)),
+    ):
+        transform = cnf.Compose(*parts)
+        assert (transform.base_shape, transform.event_shape) == ((4, 2, 2), (1, 4, 4))
+        inverse = cnf.Inverse(transform)
+        assert (inverse.base_shape, inverse.event_shape) == ((1, 4, 4), (4, 2, 2))
+    diagonal = cnf.Compose(cooling(1), Diagonal(3))
+    assert diagonal.base_shape == diagonal.event_shape == (3,)
+
+
+def test_the_event_shape_is_that_of_the_last_part_that_has_one() -> None:
+    for parts in (
+        (cnf.Inverse(Squeeze((1, 4, 4))), cooling(3)),
+        (cnf.Inverse(Squeeze((1, 4, 4))), Diagonal((4, 2, 2)), cooling(3), cooling(3)),
+        (cnf.Compose(cooling(3), cnf.Inverse(Squeeze((1, 4, 4)))), cooling(3)),
+    ):
+        transform = cnf.Compose(*parts)
+        assert (transform.base_shape, transform.event_shape) == ((1, 4, 4), (4, 2, 2))
+
+
+def test_a_flow_whose_first_part_knows_no_shape() -> None:
+    """It draws base samples of the shape that the parts behind the first one read."""
+    flow = cnf.Flow(cnf.StandardNormal(4, 2, 2), cnf.Compose(cooling(3), Squeeze((1, 4, 4))))
+    assert flow.event_shape == (1, 4, 4)
+    x, log_prob = flow.sample_and_log_prob((5,))
+    assert x.shape == (5, 1, 4, 4)
+    expected = cnf.StandardNormal(1, 4, 4).log_prob(torch.e * x) + 16
+    assert torch.allclose(log_prob, expected, atol=1e-4)
+    assert torch.allclose(flow.log_prob(x), expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"\(4, 2, 2\)"):
+        cnf.Flow(cnf.StandardNormal(1, 4, 4), flow.transform)
+
+
+LAYERS = {
+    "planar": Planar,
+    "radial": Radial,
+    "diagonal": Diagonal,
+    "sylvester": Sylvester,
+    "householder": lambda *args, **options: Sylvester(*args, kind="householder", **options),
+    "triangular": lambda *args, **options: Sylvester(*args, kind="triangular", **options),
+}
+
+
+@pytest.mark.parametrize("context", [1, 3, 32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_whose_parameters_context_gives_start_near_the_identity(name, context) -> None:
+    z, c = torch.randn(200, 4), torch.randn(200, context)
+    x, log_det = LAYERS[name](4, context=context).forward_and_log_det(z, c)
+    assert log_det.abs().mean() < 0.5
+    assert (x - z).square().mean().sqrt() < 0.25
+    assert log_det.std() > 1e-4, "context counts from the start"

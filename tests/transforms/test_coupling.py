@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from cnf.transforms import (
+    ActNorm,
     Additive,
     Affine,
+    BatchNorm,
+    Conv1x1,
     Coupling,
+    Permutation,
     RationalQuadraticSpline,
     RecursiveCoupling,
     make_mask,
@@ -140,6 +144,8 @@ def test_masks_that_leave_dimensions_unused_are_refused() -> None:
         Coupling(3, torch.ones(4).bool())
     with pytest.raises(TypeError, match=r"torch.float32; use mask.bool"):
         Coupling(3, torch.ones(3))
+    with pytest.raises(TypeError, match=r"got list; use torch.tensor\(mask"):
+        Coupling(3, [True, False, True])
     with pytest.raises(ValueError, match="checkerboard"):
         Coupling(3, "checkerboard")
     with pytest.raises(ValueError, match="Did you mean 'alternating'"):
@@ -152,8 +158,13 @@ def test_wrong_maps_and_conditioners_are_refused() -> None:
     with pytest.raises(TypeError, match="elementwise must be a name"):
         Coupling(3, elementwise=3)
     narrow = Coupling(5, conditioner=lambda inputs, outputs, context: _Narrow())
-    with pytest.raises(ValueError, match=r"returned the shape \(4, 2\), expected \(4, 6, ...\)"):
+    with pytest.raises(ValueError, match=r"returned the shape \(4, 2\), expected \(4, 6\)"):
         narrow.inverse(torch.randn(4, 5))
+    for wrong in (5, nn.Linear(2, 6)):
+        with pytest.raises(TypeError, match=r"called as conditioner\(inputs, outputs, context\)"):
+            Coupling(5, conditioner=wrong)
+    with pytest.raises(ValueError, match="leaves context no layer"):
+        Coupling((2, 4, 4), hidden=(), context=3)
     with pytest.raises(TypeError, match="max_log_scale"):
         Affine("3")
     with pytest.raises(ValueError, match="max_log_scale"):
@@ -164,6 +175,22 @@ def test_wrong_maps_and_conditioners_are_refused() -> None:
 class _Narrow(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         return x[:, :2]
+
+
+def test_scalars_are_refused() -> None:
+    for kind in (Coupling, RecursiveCoupling, Permutation, ActNorm, BatchNorm, Conv1x1):
+        with pytest.raises(ValueError, match=r"features=\(\) are scalars"):
+            kind(())
+
+
+def test_a_layer_made_on_the_meta_device_is_filled_by_loading() -> None:
+    f = randomised(Coupling(5, "alternating")).float()
+    with torch.device("meta"):
+        twin = Coupling(5, "alternating")
+    twin.to_empty(device="cpu").load_state_dict(f.state_dict())
+    x = torch.randn(3, 5)
+    assert torch.equal(twin.inverse(x), f.inverse(x))
+    Coupling(5).to("meta").load_state_dict(Coupling(5).state_dict(), assign=True)
 
 
 @pytest.mark.parametrize("dims", [2, 3, 5, 8])

@@ -90,10 +90,14 @@ def test_the_slope_is_the_derivative_also_at_knots(direction) -> None:
     assert torch.allclose(log_slope.exp(), slope, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("scale", "limit"), [(1, 1e-4), (3, 1e-4), (10, 1e-3)])
-def test_in_float32_steep_splines_come_back_to_where_they_went(scale: int, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("bins", "scale", "limit"), [(8, 1, 1e-4), (8, 3, 1e-4), (32, 3, 5e-4), (8, 10, 1e-3)]
+)
+def test_in_float32_steep_splines_come_back_to_where_they_went(
+    bins: int, scale: int, limit: float
+) -> None:
     """The residual in the output space; in the input space it is as ill-conditioned as they are."""
-    spline = RationalQuadraticSpline()
+    spline = RationalQuadraticSpline(bins)
     torch.manual_seed(scale)
     for _ in range(200):
         raw = (scale * torch.randn(64, spline.parameters, 4)).requires_grad_()
@@ -105,6 +109,25 @@ def test_in_float32_steep_splines_come_back_to_where_they_went(scale: int, limit
         assert (log_slope + negative).abs().max() <= 1e-3
         grads = torch.autograd.grad((x + log_slope + returned + negative).sum(), (z, raw))
         assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("bins", [8, 64])
+@pytest.mark.parametrize("scale", [3, 30])
+def test_at_its_knots_and_for_wild_splines_nothing_is_nan_in_float32(bins: int, scale: int) -> None:
+    spline = RationalQuadraticSpline(bins)
+    torch.manual_seed(0)
+    raw = (scale * torch.randn(5000, spline.parameters, 1)).requires_grad_()
+    for axis, direction in enumerate((spline.inverse, spline.forward)):
+        sizes = spline._sizes(raw[:, axis * bins : (axis + 1) * bins].detach())
+        knots = sizes[:, :-1].cumsum(1) - spline.bound
+        for j in range(0, bins - 1, max(1, bins // 8)):
+            for x in (knots[:, j], torch.nextafter(knots[:, j], knots[:, j] + 1)):
+                value, log_slope = direction(x, raw)
+                assert value.isfinite().all()
+                assert log_slope.isfinite().all()
+                assert (value.abs() <= spline.bound + 1e-5).all()
+    (value.sum() + log_slope.sum()).backward()
+    assert raw.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("bins", [1, 0, 2.5, True])

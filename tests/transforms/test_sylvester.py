@@ -236,3 +236,35 @@ def test_context_gives_every_sample_its_own_layer() -> None:
 def test_what_does_not_fit_is_refused(options, error, message) -> None:
     with pytest.raises(error, match=message):
         Sylvester(3, **options)
+
+
+@each_kind
+def test_the_log_det_where_the_map_is_nearly_flat_in_float32(kind) -> None:
+    """r_ii r~_ii near -1, so that 1 + r_ii r~_ii h' is a thousandth: nothing may cancel."""
+    layer = Sylvester(3, **kind)
+    with torch.no_grad():
+        layer.free.triangles.diagonal().fill_(-30.0)
+        layer.free.diagonal.fill_(30.0)
+        z = torch.cat([scale * torch.randn(10, 3) for scale in (1e-6, 1e-3, 0.03, 1.0, 30.0)])
+        log_det = layer.forward_and_log_det(z)[1]
+        p = layer._constrained(None, z)[4]
+    assert (p - 1e-3).abs().max() < 1e-6
+    sign, truth = brute_force(layer.double(), "forward", z.double())
+    assert log_det.isfinite().all()
+    assert (sign > 0).all()
+    assert truth.min() < layer.rank * -6.8
+    assert (log_det - truth).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("ends", [(-30.0, -30.0), (30.0, -30.0), (30.0, 30.0)], ids=str)
+@each_kind
+def test_the_log_det_at_other_ends_in_float32(kind, ends) -> None:
+    """r~_ii near 0, or r_ii large."""
+    layer = Sylvester(3, **kind)
+    with torch.no_grad():
+        layer.free.triangles.diagonal().fill_(ends[0])
+        layer.free.diagonal.fill_(ends[1])
+        z = torch.randn(20, 3)
+        log_det = layer.forward_and_log_det(z)[1]
+    truth = brute_force(layer.double(), "forward", z.double())[1]
+    assert (log_det - truth).abs().max() <= 1e-5
