@@ -48,6 +48,7 @@ def test_density2d_trains_reports_and_draws(tmp_path):
     assert "Traceback" not in again.stderr
 
 
+@pytest.mark.filterwarnings("ignore:hidden=")  # narrow networks are quick
 @pytest.mark.parametrize("model", NETWORKS + FORMULAS)
 def test_a_discrete_model_is_a_flag(tmp_path, run_here, model):
     hidden = ["--hidden", 8] if model in NETWORKS else []

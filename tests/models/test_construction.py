@@ -145,7 +145,7 @@ def test_no_dimension_passes_through_autoregressive_layers(model: Callable, mixi
 )
 def test_two_autoregressive_layers_have_a_dense_jacobian(make: Callable, mixing: str) -> None:
     """One order in all layers would leave it triangular."""
-    for dims, layers in product((2, 3, 4, 5), (2, 3, 4)):
+    for dims, layers in product((2, 3, 4), (2, 3)):
         flow = randomised(make(dims, layers, (16,), activation="tanh", mixing=mixing))
         x = 0.5 * torch.randn(dims, dtype=torch.float64)
         direction = flow.transform.forward if isinstance(flow, cnf.IAF) else flow.transform.inverse

@@ -190,7 +190,10 @@ def test_what_stands_between_layers() -> None:
         (lambda: cnf.MAF(3, ordering="up"), "ordering='up'"),
         (lambda: cnf.NeuralSpline(3, kind="copling"), "Did you mean 'coupling'"),
         (lambda: cnf.NeuralSpline((1, 2, 2), kind="autoregressive"), "number of dimensions D"),
-        (lambda: cnf.NeuralSpline(3, kind="autoregressive", mask="halves"), "mask and conditioner are for"),
+        (
+            lambda: cnf.NeuralSpline(3, kind="autoregressive", mask="halves"),
+            "mask and conditioner are for",
+        ),
         (lambda: cnf.PlanarFlow(2, explicit="both"), "explicit='both'"),
         (lambda: cnf.PlanarFlow(2, layers=-1), "layers=-1"),
         (lambda: cnf.Glow(4), "shape of an image"),

@@ -146,7 +146,7 @@ def test_one_time_is_no_sequence_of_times():
 
 
 def test_a_flow_of_several_blocks_has_no_path():
-    with pytest.raises(TypeError, match=r"Compose.*in flow\.transform"):
+    with pytest.raises(TypeError, match=r"Compose.*where flow\.transform holds CNFs"):
         cnf.FFJORD(2, blocks=2).trajectory(torch.randn(3, 2), [0.5])
 
 
