@@ -38,7 +38,7 @@ def check_finite(x: Tensor, batch_dims: int, name: str = "x") -> None:
 
     Nothing is refused where values cannot be looked at, as under torch.func.vmap.
     """
-    if tracing() or x.detach().sum().isfinite():  # a sum that overflows proves nothing
+    if tracing() or math.isfinite(x.detach().sum().item()):  # one that overflows proves nothing
         return
     rows = ~x.detach().isfinite().unsqueeze(-1).flatten(batch_dims).all(-1)
     if not rows.any():

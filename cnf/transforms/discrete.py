@@ -115,8 +115,9 @@ class DiscreteTransform(Transform):
         check_like(x, self)
         batch = x.shape[: x.ndim - len(shape)]
         context = self._expanded(context, batch, x)
-        if _autocasts(x.device.type):  # half precision costs whole nats here
-            with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # which would cost whole nats
+            with torch.autocast(device, enabled=False):
                 return self._on_batch(formula, x, context, shape)
         n = batch.numel()
         if len(batch) != 1:
@@ -124,7 +125,7 @@ class DiscreteTransform(Transform):
             x = x.reshape(n, *shape)
         result = formula(x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
-        if not _has_shapes(result, (n, *other), (n,)):
+        if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
         value, log_det = result
         if len(batch) == 1:
@@ -165,18 +166,15 @@ class DiscreteTransform(Transform):
         return expand_context(context, batch)
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _has_shapes(result: object, *shapes: tuple[int, ...]) -> bool:
+def _has_shapes(result: object, value: tuple[int, ...]) -> bool:
+    """Whether a formula returned a value of this shape (B, ...) and a log-determinant (B,)."""
     return (
         isinstance(result, tuple)
-        and len(result) == len(shapes)
-        and all(
-            isinstance(part, Tensor) and part.shape == shape
-            for part, shape in zip(result, shapes, strict=True)
-        )
+        and len(result) == 2
+        and isinstance(result[0], Tensor)
+        and isinstance(result[1], Tensor)
+        and result[0].shape == value
+        and result[1].shape == value[:1]
     )
 
 
