@@ -7,41 +7,22 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, vmap
 
 from cnf.transforms.planar import Planar
 from cnf.transforms.roots import ACTIVATIONS
 
-DOUBLE = torch.float64
-DIRECTIONS = ("forward", "inverse")
+from .brute_force import (
+    DIRECTIONS,
+    DOUBLE,
+    brute_force,
+    drawn,
+    each_context,
+    each_direction,
+    inputs,
+)
+
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-each_context = pytest.mark.parametrize("context", [0, 2])
-
-
-def drawn(layer: Planar, scale: float = 1.0) -> Planar:
-    """The layer with every parameter drawn anew."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(0.0, scale)
-    return layer
-
-
-def inputs(layer: Planar, n: int, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, ...]:
-    """z (n, *event), and context where the layer takes it."""
-    z = torch.randn(n, *layer.event_shape, dtype=dtype)
-    return (z, torch.randn(n, layer.context, dtype=dtype)) if layer.context else (z,)
-
-
-def brute_force(layer: Planar, direction: str, *args: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign and logarithm of every sample's |det J|."""
-
-    def flat(x: Tensor, *context: Tensor) -> Tensor:
-        return getattr(layer, direction)(x.reshape(layer.event_shape), *context).flatten()
-
-    x, *context = args
-    sign, log_det = torch.linalg.slogdet(vmap(jacrev(flat))(x.flatten(1), *context))
-    return sign, log_det
 
 
 @pytest.mark.parametrize("features", [1, 3, (2, 1, 2)], ids=str)

@@ -11,35 +11,15 @@ from torch.func import functional_call, jacrev, vmap
 
 from cnf.transforms.radial import Radial
 
-DOUBLE = torch.float64
-DIRECTIONS = ("forward", "inverse")
-each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-each_context = pytest.mark.parametrize("context", [0, 2])
-
-
-def drawn(layer: Radial, scale: float = 1.0) -> Radial:
-    """The layer with every parameter drawn anew."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(0.0, scale)
-    return layer
-
-
-def inputs(layer: Radial, n: int, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, ...]:
-    """z (n, *event), and context where the layer takes it."""
-    z = torch.randn(n, *layer.event_shape, dtype=dtype)
-    return (z, torch.randn(n, layer.context, dtype=dtype)) if layer.context else (z,)
-
-
-def brute_force(layer: Radial, direction: str, *args: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign and logarithm of every sample's |det J|."""
-
-    def flat(x: Tensor, *context: Tensor) -> Tensor:
-        return getattr(layer, direction)(x.reshape(layer.event_shape), *context).flatten()
-
-    x, *context = args
-    sign, log_det = torch.linalg.slogdet(vmap(jacrev(flat))(x.flatten(1), *context))
-    return sign, log_det
+from .brute_force import (
+    DIRECTIONS,
+    DOUBLE,
+    brute_force,
+    drawn,
+    each_context,
+    each_direction,
+    inputs,
+)
 
 
 @pytest.mark.parametrize("features", [1, 3, (2, 1, 2)], ids=str)

@@ -12,8 +12,16 @@ from torch.func import functional_call, jacrev, vmap
 from cnf.transforms.roots import ACTIVATIONS
 from cnf.transforms.sylvester import Sylvester
 
-DOUBLE = torch.float64
-DIRECTIONS = ("forward", "inverse")
+from .brute_force import (
+    DIRECTIONS,
+    DOUBLE,
+    brute_force,
+    drawn,
+    each_context,
+    each_direction,
+    inputs,
+)
+
 KINDS: dict[str, dict[str, Any]] = {
     "orthogonal": {},
     "orthogonal-rank": {"rank": 2},
@@ -23,33 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-each_context = pytest.mark.parametrize("context", [0, 2])
-
-
-def drawn(layer: Sylvester, scale: float = 1.0) -> Sylvester:
-    """The layer with every parameter drawn anew."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(0.0, scale)
-    return layer
-
-
-def inputs(layer: Sylvester, n: int, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, ...]:
-    """z (n, *event), and context where the layer takes it."""
-    z = torch.randn(n, *layer.event_shape, dtype=dtype)
-    return (z, torch.randn(n, layer.context, dtype=dtype)) if layer.context else (z,)
-
-
-def brute_force(layer: Sylvester, direction: str, *args: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign and logarithm of every sample's |det J|."""
-
-    def flat(x: Tensor, *context: Tensor) -> Tensor:
-        return getattr(layer, direction)(x.reshape(layer.event_shape), *context).flatten()
-
-    x, *context = args
-    sign, log_det = torch.linalg.slogdet(vmap(jacrev(flat))(x.flatten(1), *context))
-    return sign, log_det
 
 
 @each_kind
