@@ -57,7 +57,15 @@ from cnf.models import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import Solver, TorchDiffEq, odeint, record_solves
-from cnf.transforms import CNF, Compose, Inverse, Transform
+from cnf.transforms import (
+    CNF,
+    Compose,
+    Inverse,
+    Sigmoid,
+    Transform,
+    UniformDequantization,
+    VariationalDequantization,
+)
 
 __version__ = "0.1.0"
 
@@ -88,6 +96,7 @@ __all__ = [
     "PotentialField",
     "RadialFlow",
     "RealNVP",
+    "Sigmoid",
     "Solver",
     "SolverError",
     "StandardNormal",
@@ -96,6 +105,8 @@ __all__ = [
     "TorchDiffEq",
     "TrainingError",
     "Transform",
+    "UniformDequantization",
+    "VariationalDequantization",
     "VectorField",
     "check",
     "compare_trace",

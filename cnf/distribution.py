@@ -39,7 +39,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's interface
-    has_rsample = True
 
     def __init__(self, flow: Flow, context: Tensor | None = None, **choices: Any) -> None:
         self.flow = flow
@@ -58,9 +57,16 @@ class FlowDistribution(Distribution):
         return f"FlowDistribution(batch_shape={batch}, event_shape={event})"
 
     @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether samples have a gradient: those of integers have none."""
+        return not self.flow.transform.quantized
+
+    @property
     def support(self) -> constraints.Constraint:
-        """All of R^D: the samples are where the transform puts them."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        """All of R^D: the samples are where the transform puts them; integers, if it is of them."""
+        integers = self.flow.transform.quantized
+        each = constraints.nonnegative_integer if integers else constraints.real
+        return constraints.independent(each, len(self.event_shape))
 
     def expand(
         self, batch_shape: _Size, _instance: FlowDistribution | None = None
@@ -107,8 +113,8 @@ class FlowDistribution(Distribution):
 
     def sample(self, sample_shape: _Size = torch.Size()) -> Tensor:  # noqa: B008
         """Samples (*sample, *batch, *event), without gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+        choices = {k: v for k, v in self.choices.items() if k != "divergence"}
+        return self.flow.sample(self._shape(sample_shape), self.context, **choices)
 
 
 def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:
@@ -121,7 +127,7 @@ def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:
     batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p = p if p.batch_shape == batch else p.expand(batch)
     shape = torch.Size((_KL_SAMPLES,))
-    if isinstance(p, FlowDistribution):
+    if isinstance(p, FlowDistribution) and p.has_rsample:
         x, log_prob = p.rsample_and_log_prob(shape)
     else:
         x = p.rsample(shape) if p.has_rsample else p.sample(shape)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.base import Base, as_base
-from cnf.checks import check_bool
+from cnf.bits import bits_per_dim
+from cnf.checks import check_bool, check_count
 from cnf.distribution import FlowDistribution
-from cnf.divergence import Divergence, as_divergence
+from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.ode.odeint import as_solver
-from cnf.transforms.base import Choices, Transform
+from cnf.transforms.base import Choices, Transform, add_log_dets
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
 from cnf.transforms.inputs import check_like
@@ -32,6 +33,9 @@ class Flow(nn.Module):
     Every method takes `solver=` and `generator=`, and those that return densities `divergence=`,
     for that call alone: they reach every `CNF` in the transform. With Hutchinson's estimator
     `log_prob` is random, unbiased, and exactly repeated by a generator of the same seed.
+
+    A transform that ends in a dequantization makes it a flow of integers, such as pixels: then
+    `log_prob(x)` is a draw of a lower bound of log P(x), in nats, `bits_per_dim` the bound in bits.
 
     Args:
         base: a base module, such as `StandardNormal(2)`, or a torch distribution.
@@ -105,12 +109,15 @@ class Flow(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-density (*batch,) of x (*batch, *event); with its standard error, where asked.
 
+        Of integers, a draw of a lower bound of their log-probability: the mean over draws of the
+        noise is at most log P(x).
+
         Args:
             x: data.
             context: conditions (*batch, C), or broadcastable to it.
             divergence: "exact", "hutchinson" or a `Divergence`, for this call.
             solver: a solver, for this call.
-            generator: source of the estimator's noise.
+            generator: source of the estimator's noise, and of dequantization's.
             on_nonfinite: "raise" refuses rows of x that are not finite; "nan" gives them NaN, and
                 the others the value that they have without them.
             return_stderr: whether to return the standard error of each log-density too, from the
@@ -141,7 +148,7 @@ class Flow(nn.Module):
         check_bool("return_stderr", return_stderr)
         if return_stderr:
             choices["variances"] = []
-        if on_nonfinite == "raise":
+        if on_nonfinite == "raise" or not x.is_floating_point():
             found = self._log_prob(x, context, choices)
         else:
             found = self._log_prob_of_finite(x, context, choices)
@@ -151,11 +158,75 @@ class Flow(nn.Module):
         """Log-density (*batch,), and its standard error where variances are asked for."""
         self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-        log_prob = self.base.log_prob(z) + log_det
+        log_prob = add_log_dets(self.base.log_prob(z), log_det)
         if "variances" not in choices:
             return [log_prob]
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
         return [log_prob, variance.sqrt().detach()]
+
+    def bits_per_dim(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        samples: int = 1,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+        return_stderr: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Bits for each dimension of integers x (*batch, *event): the codelength, from above.
+
+            -log2( 1/k sum_j w_j ) / D,    w_j = p(y_j) / (L^D q(u_j | x)),  y_j = (x + u_j) / L
+
+        In the mean it is at least -log2 P(x) / D, and comes nearer with more draws (importance
+        weights). Where a divergence is estimated, whose noise would make such weights overstate the
+        likelihood, it is the mean of the k bounds, -1/k sum_j log2(w_j) / D.
+
+        Args:
+            x: integers, as the flow's dequantization expects them.
+            context: conditions (*batch, C), or broadcastable to it.
+            samples: k, the number of draws of the noise, one after the other.
+            divergence: "exact", "hutchinson" or a `Divergence`, for this call.
+            solver: a solver, for this call.
+            generator: source of all noise.
+            return_stderr: whether to return the standard error of each value too, from the spread
+                of k >= 2 draws.
+
+        Returns:
+            bits (*batch,), or bits and their standard errors (*batch,).
+
+        Raises:
+            SolverError: a solve that cannot end.
+            TypeError: a flow of real numbers; x that are not integers.
+            ValueError: x that are not of the flow's levels; a standard error of one draw.
+
+        Reference: Burda et al., arXiv 1509.00519; Ho et al., arXiv 1902.00275.
+
+        Example:
+            >>> import cnf
+            >>> ends = cnf.Sigmoid(), cnf.UniformDequantization(4)
+            >>> flow = cnf.Flow(cnf.StandardNormal(2), cnf.Compose(*ends))
+            >>> x = torch.tensor([[0, 3], [1, 2]])
+            >>> bits, stderr = flow.bits_per_dim(x, samples=100, return_stderr=True)
+            >>> bits.shape, stderr.shape
+            (torch.Size([2]), torch.Size([2]))
+        """
+        check_count("samples", samples)
+        check_bool("return_stderr", return_stderr)
+        if not self.transform.quantized or x.is_floating_point():
+            raise TypeError(
+                "bits_per_dim needs integers, and a flow whose transform ends in a dequantization: "
+                "cnf.Compose(transform, cnf.Sigmoid(), cnf.UniformDequantization(levels)); for "
+                "real numbers use log_prob"
+            )
+        if return_stderr and samples < 2:
+            raise ValueError(f"return_stderr=True needs samples of 2 or more, got {samples}")
+        self._check_shape(x)
+        choices = _choices(divergence, solver, generator)
+        weights = torch.stack([self._log_prob(x, context, choices)[0] for _ in range(samples)])
+        bits, stderr = bits_per_dim(weights, self.event_shape, self._averages(choices))
+        return (bits, stderr) if return_stderr else bits
 
     def score(
         self,
@@ -182,6 +253,7 @@ class Flow(nn.Module):
         Raises:
             RuntimeError: create_graph with a solver that has no second derivatives.
             SolverError: a solve that cannot end.
+            TypeError: a flow of integers.
 
         Example:
             >>> import cnf
@@ -190,13 +262,14 @@ class Flow(nn.Module):
             tensor([[-1.,  2.]])
         """
         self._check_shape(x)
+        self._check_real("score", "they have no density to differentiate")
         choices = _choices(divergence, solver, generator)
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
             self._check_values(x, context)
             z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-            log_prob = self.base.log_prob(z) + log_det
+            log_prob = add_log_dets(self.base.log_prob(z), log_det)
             (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
         if create_graph and not score.requires_grad:
             raise RuntimeError(
@@ -249,7 +322,7 @@ class Flow(nn.Module):
         solver: Solver | TorchDiffEq | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples (*shape, *context_batch, *event), without gradient.
+        """Samples (*shape, *context_batch, *event), without gradient; of a flow of integers, those.
 
         Args:
             shape: how many; an int n means (n,).
@@ -258,7 +331,7 @@ class Flow(nn.Module):
             generator: source of randomness.
         """
         with torch.no_grad():
-            return self.rsample(shape, context, solver=solver, generator=generator)
+            return self._sample(shape, context, _choices(None, solver, generator))
 
     def rsample(
         self,
@@ -268,9 +341,18 @@ class Flow(nn.Module):
         solver: Solver | TorchDiffEq | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples as `sample`, differentiable in parameters and context (reparameterised)."""
-        choices = _choices(None, solver, generator)
-        z = self._draw(shape, context, generator)
+        """Samples as `sample`, differentiable in parameters and context (reparameterised).
+
+        Raises:
+            TypeError: a flow of integers, whose samples have no gradient.
+        """
+        self._check_real("rsample", "they have no gradient; use sample")
+        return self._sample(shape, context, _choices(None, solver, generator))
+
+    def _sample(
+        self, shape: tuple[int, ...] | int, context: Tensor | None, choices: Choices
+    ) -> Tensor:
+        z = self._draw(shape, context, choices.get("generator"))
         return self.transform.forward(z, context, **choices)
 
     def sample_and_log_prob(
@@ -284,10 +366,17 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Samples and their log-densities from one solve, without gradient.
 
+        Of a flow of integers, samples and then `log_prob` of them: two solves, since the noise that
+        a sample was made with overstates its likelihood.
+
         Returns:
             x (*shape, *context_batch, *event) and log p(x) (*shape, *context_batch).
         """
         with torch.no_grad():
+            if self.transform.quantized:
+                choices = _choices(divergence, solver, generator)
+                x = self._sample(shape, context, choices)
+                return x, self._log_prob(x, context, choices)[0]
             return self.rsample_and_log_prob(
                 shape, context, divergence=divergence, solver=solver, generator=generator
             )
@@ -302,10 +391,11 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`sample_and_log_prob`, differentiable in parameters and context (reparameterised)."""
+        self._check_real("rsample_and_log_prob", "they have no gradient; use sample_and_log_prob")
         choices = _choices(divergence, solver, generator)
         z = self._draw(shape, context, generator)
         x, log_det = self.transform.forward_and_log_det(z, context, **choices)
-        return x, self.base.log_prob(z) - log_det
+        return x, add_log_dets(self.base.log_prob(z), -log_det)
 
     def distribution(
         self,
@@ -358,13 +448,25 @@ class Flow(nn.Module):
         """Refuse x and context that are not finite; a `CNF` does so itself."""
         if isinstance(self.transform, CNF):
             return
-        if x is not None:
+        if x is not None and not self.transform.quantized:  # a dequantization checks its integers
             check_floating(x)
             check_like(x, self.transform)
             check_finite(x, x.ndim - len(self.event_shape))
         if context is not None:
             check_context(context)
             check_finite(context, context.ndim - 1, "context")
+
+    def _check_real(self, method: str, why: str) -> None:
+        """Refuse a flow of integers."""
+        if self.transform.quantized:
+            raise TypeError(
+                f"{method} is for flows of real numbers; this one is of integers: {why}"
+            )
+
+    def _averages(self, choices: Choices) -> bool:
+        """Whether log-densities are estimates, which may be averaged but not be weights."""
+        used = (part.divergence for part in self.transform.modules() if isinstance(part, CNF))
+        return any(not isinstance(as_divergence(choices.get("divergence", d)), Exact) for d in used)
 
     def _log_prob_of_finite(
         self, x: Tensor, context: Tensor | None, choices: Choices

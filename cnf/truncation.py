@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cnf.base import as_base
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from cnf.transforms import Choices
 
-__all__ = ["is_continuous", "parts_of", "truncate"]
+__all__ = ["dequantized", "is_continuous", "parts_of", "truncate"]
 
 ROUNDING = 1e-9  # of a fraction times a number of parts
 
@@ -53,6 +54,41 @@ def truncate(flow: Flow, fraction: float) -> Flow:
         taken.append(_cut(parts[whole], rest))
     base = as_base(flow.base)
     return Flow(base, Compose(*taken) if taken else _Identity(base.event_shape))
+
+
+def dequantized(
+    flow: Flow,
+    x: Tensor,
+    context: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Flow, Tensor]:
+    """Of a flow of integers, the flow of real numbers within it, and integers x with noise.
+
+    Args:
+        flow: a flow whose transform ends in a dequantization; any other comes back as it is.
+        x: integers (*batch, *event).
+        context: conditions (*batch, C), or broadcastable to it.
+        generator: source of the noise.
+
+    Example:
+        >>> import cnf, torch
+        >>> ends = cnf.Sigmoid(), cnf.UniformDequantization(4)
+        >>> flow = cnf.Flow(cnf.StandardNormal(2), cnf.Compose(*ends))
+        >>> flow, y = dequantized(flow, torch.tensor([[0, 3]]))
+        >>> flow.transform, y.dtype
+        (Compose(
+          (transforms): ModuleList(
+            (0): Sigmoid(alpha=0.05)
+          )
+        ), torch.float32)
+    """
+    if not flow.transform.quantized:
+        return flow, x
+    *rest, end = parts_of(flow.transform)
+    choices: Choices = {} if generator is None else {"generator": generator}
+    with torch.no_grad():
+        y = end.inverse(x, context if end.takes_context else None, **choices)
+    return Flow(flow.base, Compose(*rest) if rest else _Identity(flow.base.event_shape)), y
 
 
 def parts_of(transform: Transform) -> list[Transform]:

@@ -298,3 +298,15 @@ def test_bad_inputs_are_refused() -> None:
         check(flow, x, gradients=["exact"])
     with pytest.raises(cnf.SolverError):
         check(flow_of(lambda t, x: -50 * x**3), 2 * x)
+
+
+def test_a_flow_of_integers_is_audited_by_the_flow_within() -> None:
+    torch.manual_seed(0)
+    model = cnf.FFJORD(2, hidden=(8,))
+    pixels = cnf.Compose(model.transform, cnf.Sigmoid(), cnf.UniformDequantization(17))
+    x = torch.randint(17, (8, 2))
+    audit = cnf.check(cnf.Flow(model.base, pixels), x, gradients=["backprop"], verbose=False)
+    assert audit.ok
+    ends = cnf.Compose(cnf.Sigmoid(), cnf.UniformDequantization(17))
+    with pytest.raises(ValueError, match="no CNF"):
+        cnf.check(cnf.Flow(model.base, ends), x)

@@ -301,3 +301,13 @@ def test_wrong_input_is_refused() -> None:
             quick(flow, **{"x": x} | wrong)
     with pytest.raises(ValueError, match="no CNF"):
         quick(cnf.Flow(cnf.StandardNormal(2), Still()), x)
+
+
+def test_a_flow_of_integers_is_compared_by_the_flow_within() -> None:
+    model = cnf.FFJORD(2, hidden=(8,))
+    pixels = cnf.Compose(model.transform, cnf.Sigmoid(), cnf.UniformDequantization(17))
+    x = torch.randint(17, (8, 2))
+    table = cnf.compare_trace(
+        cnf.Flow(model.base, pixels), x, draws=4, rounds=1, training=False, verbose=False
+    )
+    assert table.rows[0].std == 0 < table.rows[2].std

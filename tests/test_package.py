@@ -156,12 +156,25 @@ def flow(**options) -> cnf.Flow:
 
 x = torch.linspace(-1, 1, 10).reshape(5, 2)
 
+
+def noisy(f: cnf.Transform) -> Tensor:
+    """Integers with noise of one seed."""
+    integers = torch.arange(10).reshape(5, 2)
+    return f.inverse_and_log_det(integers, generator=torch.Generator().manual_seed(0))[0]
+
+
 # Every public class that is no interface, and what to do with an instance of it.
 USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     "CNF": (lambda: cnf.CNF(cnf.MLPField(2), "exact"), lambda f: f.forward_and_log_det(x)[1]),
     "Compose": (
         lambda: cnf.Compose(flow().transform, flow().transform),
         lambda f: f.inverse_and_log_det(x)[1],
+    ),
+    "Sigmoid": (cnf.Sigmoid, lambda f: f.forward_and_log_det(x)[1]),
+    "UniformDequantization": (lambda: cnf.UniformDequantization(17), noisy),
+    "VariationalDequantization": (
+        lambda: cnf.VariationalDequantization(cnf.RealNVP(2, context=2)),
+        noisy,
     ),
     "Inverse": (lambda: cnf.Inverse(flow().transform), lambda f: f.forward_and_log_det(x)[1]),
     **{

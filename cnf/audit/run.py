@@ -18,6 +18,7 @@ from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq, record_solves
 from cnf.ode.odeint import as_solver
 from cnf.transforms import CNF
+from cnf.truncation import dequantized
 
 __all__ = ["check"]
 
@@ -54,7 +55,8 @@ def check(
     the same noise; what the noise itself does has a row of its own. Where a field does not compute
     in float64, the reference is less tight (1e-6), if need be in x's dtype, and its row says so.
     Work is done on copies: the flow, its gradients and torch's random state stay as they are. It
-    costs some hundred solves: use a batch of 16 to 256.
+    costs some hundred solves: use a batch of 16 to 256. Of a flow of integers it audits the flow of
+    real numbers within, on one draw of the noise.
 
     A row is not ok where its error exceeds a limit, with L = max(1, the largest |log p|, |z| or
     |x|), eps that of the precision, and fixed steps held to rtol = atol = 1e-5:
@@ -102,6 +104,8 @@ def check(
     wanted = None if reference is None else as_solver(reference)
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        flow, x = dequantized(flow, x, context, generator)
+        _check_continuous(flow)
         source = torch.default_generator if generator is None else generator
         own = Subject(flow, x, context, divergence, solver, source)
         audit = _audit(own, gradients, wanted)
@@ -115,15 +119,18 @@ def _check_arguments(flow: Flow, x: Tensor) -> None:
         raise TypeError(
             f"flow must be a cnf.Flow, got {type(flow).__name__}; unwrap it, as in model.module"
         )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, nothing to audit; pass one row or more")
+
+
+def _check_continuous(flow: Flow) -> None:
     if not any(isinstance(module, CNF) for module in flow.modules()):
         raise ValueError(
             "the flow has no CNF, so no solve to audit; the formulas of discrete layers are not "
             "checked here: compare their log-determinants with torch.func.jacrev"
         )
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
-    if x.numel() == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, nothing to audit; pass one row or more")
 
 
 def _audit(own: Subject, modes: Sequence[str], wanted: Solver | TorchDiffEq | None) -> Audit:

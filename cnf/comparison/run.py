@@ -17,6 +17,7 @@ from cnf.divergence import Divergence, as_divergence
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms import CNF
+from cnf.truncation import dequantized
 
 __all__ = ["compare_trace"]
 
@@ -52,7 +53,8 @@ def compare_trace(
     What would take too long is left out, with a note: the price of one product with the Jacobian
     is measured first. Without an affordable exact value the bias is NaN. Fields with closed forms
     use them: to see what Hutchinson's estimate costs by automatic differentiation, wrap the field
-    in a module that has nothing but `forward`.
+    in a module that has nothing but `forward`. Of a flow of integers it measures the flow of real
+    numbers within, on one draw of the noise.
 
     Args:
         flow: the flow, trained or not.
@@ -93,6 +95,9 @@ def compare_trace(
     with torch.random.fork_rng([x.device] if x.is_cuda else []), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the exact divergence takes")  # priced below
         with torch.inference_mode(False), torch.enable_grad():
+            flow, x = dequantized(flow, x, context, generator)
+            if not any(isinstance(module, CNF) for module in flow.modules()):
+                raise ValueError("the flow has no CNF, so no trace; build it with cnf.CNF(field)")
             subject = Subject(flow, x, context, solver, budget)
             named = _named(subject.estimators() if estimators is None else estimators)
             source = torch.default_generator if generator is None else generator
@@ -110,8 +115,6 @@ def _check_arguments(flow: Flow, x: Tensor, draws: int, rounds: int, budget: flo
         raise TypeError(
             f"flow must be a cnf.Flow, got {type(flow).__name__}; unwrap it, as in model.module"
         )
-    if not any(isinstance(module, CNF) for module in flow.modules()):
-        raise ValueError("the flow has no CNF, so no trace; build it with cnf.CNF(field)")
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
     if x.numel() == 0:

@@ -7,6 +7,7 @@ from cnf.transforms.base import Choices, Compose, Inverse, Transform
 from cnf.transforms.conditioners import MLP, ConvNet
 from cnf.transforms.continuous import CNF
 from cnf.transforms.coupling import Coupling
+from cnf.transforms.dequantization import UniformDequantization, VariationalDequantization
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.elementwise import Additive, Affine, Elementwise
 from cnf.transforms.linear import Conv1x1, Diagonal, Linear, LULinear, QRLinear
@@ -18,6 +19,7 @@ from cnf.transforms.permutation import Permutation
 from cnf.transforms.planar import Planar
 from cnf.transforms.radial import Radial
 from cnf.transforms.recursive import RecursiveCoupling
+from cnf.transforms.sigmoid import Sigmoid
 from cnf.transforms.spline import RationalQuadraticSpline
 from cnf.transforms.sylvester import Sylvester
 
@@ -48,9 +50,12 @@ __all__ = [
     "Radial",
     "RationalQuadraticSpline",
     "RecursiveCoupling",
+    "Sigmoid",
     "Split",
     "Squeeze",
     "Sylvester",
     "Transform",
+    "UniformDequantization",
+    "VariationalDequantization",
     "make_mask",
 ]

@@ -62,6 +62,15 @@ class Amortized(nn.Module):
         shaped = zip(parts, self.shapes.values(), strict=True)
         return tuple(part.reshape(len(context), *shape) for part, shape in shaped)
 
+    @torch.no_grad()
+    def set(self, **initial: Tensor) -> None:
+        """Set theta_0, all of it, by name."""
+        if self.predict is not None:
+            self.predict.bias.copy_(torch.cat([initial[name].flatten() for name in self.shapes]))
+            return
+        for name in self.shapes:
+            getattr(self, name).copy_(initial[name])
+
     def extra_repr(self) -> str:
         """The names and shapes."""
         return ", ".join(f"{name}={shape}" for name, shape in self.shapes.items())

@@ -15,16 +15,27 @@ if TYPE_CHECKING:
     from cnf.divergence import Divergence
     from cnf.ode import Solver, TorchDiffEq
 
-__all__ = ["Choices", "Compose", "Inverse", "Transform", "check_choices", "check_ranks"]
+__all__ = [
+    "Choices",
+    "Compose",
+    "Inverse",
+    "Transform",
+    "add_log_dets",
+    "check_choices",
+    "check_no_context",
+    "check_ranks",
+    "check_real",
+    "over_samples",
+]
 
 
 class Choices(TypedDict, total=False):
-    """What one call may choose anew for every `CNF` it reaches; absent means as built.
+    """What one call may choose anew for every transform it reaches; absent means as built.
 
     Attributes:
         divergence: how div f is computed.
         solver: the choices of the solve.
-        generator: source of the estimator's noise.
+        generator: source of noise: the estimator's, dequantization's.
         variances: a list to which every estimated log-determinant adds its variance (*batch,).
     """
 
@@ -45,6 +56,37 @@ def check_choices(choices: Choices) -> None:
         raise TypeError(f"{', '.join(unknown)} cannot be chosen in a call; choose {known}")
 
 
+def check_no_context(transform: Transform, context: Tensor | None) -> None:
+    """Refuse context for a transform that takes none."""
+    if context is not None:
+        raise ValueError(
+            f"context was given, but this {type(transform).__name__} takes none; leave it out"
+        )
+
+
+def check_real(name: str, transform: Transform, remedy: str) -> None:
+    """Refuse a transform of integers where only one of real numbers can stand."""
+    if transform.quantized:
+        raise ValueError(
+            f"{name}, a {type(transform).__name__}, has samples of integers, which only the end of "
+            f"a flow can have; {remedy}"
+        )
+
+
+def add_log_dets(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of two log-determinants or densities, (*batch,) each.
+
+    One that is given for every number, (*batch, *event), is summed over samples first.
+    """
+    n = min(first.ndim, second.ndim)
+    return over_samples(first, n) + over_samples(second, n)
+
+
+def over_samples(values: Tensor, batch_dims: int) -> Tensor:
+    """The sum over all dimensions behind the first few, where there are any."""
+    return values.flatten(batch_dims).sum(-1) if values.ndim > batch_dims else values
+
+
 class Transform(nn.Module, ABC):
     """An invertible, differentiable map x = f(z), from base to data.
 
@@ -55,7 +97,10 @@ class Transform(nn.Module, ABC):
     2. write `inverse_and_log_det(x, context=None, **choices)`: z and log |det df^-1/dx|;
     3. shapes: z, x (*batch, *event), log-determinants (*batch,), context (*batch, C);
     4. `forward` and `inverse`, values only, follow; override them where the log-determinant costs;
-    5. `choices` concern transforms that solve ODEs: others ignore them, containers pass them on.
+    5. `choices` concern transforms that solve ODEs or draw noise: others ignore them, containers
+       pass them on;
+    6. one that acts on each number by itself, whatever the shape, may return log-determinants of
+       each, (*batch, *event): `Compose` and `Flow` sum them over samples.
 
     Assumed, not checked: each direction is the inverse of the other.
 
@@ -65,12 +110,15 @@ class Transform(nn.Module, ABC):
         event_dims: number of dimensions of a sample, where it is fixed without its shape being so.
         takes_context: whether it can be given context. Containers hand context to the transforms
             that take it, and leave it out for the others.
+        quantized: whether its data samples are integers, in some columns at least, see
+            `UniformDequantization`.
     """
 
     event_shape: tuple[int, ...] | None = None
     base_shape: tuple[int, ...] | None = None
     event_dims: int | None = None
     takes_context: bool = True
+    quantized: bool = False
 
     @abstractmethod
     def forward_and_log_det(
@@ -109,8 +157,8 @@ class Compose(Transform):
 
     Raises:
         TypeError: an argument that is not a Transform.
-        ValueError: no argument, or neighbours of different shapes; in a call, context that none of
-            them takes.
+        ValueError: no argument, neighbours of different shapes, or a dequantization that is not the
+            last; in a call, context that none of them takes.
 
     Example:
         >>> import cnf
@@ -129,6 +177,8 @@ class Compose(Transform):
                 raise TypeError(
                     f"transforms[{i}] must be a Transform, got {type(transform).__name__}"
                 )
+        for i, transform in enumerate(transforms[:-1]):
+            check_real(f"transforms[{i}]", transform, "let it be the last")
         self.transforms = nn.ModuleList(transforms)
         self.base_shape, self.event_shape = _shapes_of(transforms)
         self.event_dims = next((t.event_dims for t in transforms if t.event_dims is not None), None)
@@ -137,6 +187,11 @@ class Compose(Transform):
     def takes_context(self) -> bool:  # type: ignore[override]
         """Whether one of them takes context."""
         return any(transform.takes_context for transform in self)
+
+    @property
+    def quantized(self) -> bool:  # type: ignore[override]
+        """Whether the last of them has integers as data samples."""
+        return self[-1].quantized
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)  # type: ignore[arg-type]
@@ -155,7 +210,7 @@ class Compose(Transform):
         x, log_det = first.forward_and_log_det(z, own, **choices)
         for transform, own in rest:
             x, more = transform.forward_and_log_det(x, own, **choices)
-            log_det = log_det + more
+            log_det = add_log_dets(log_det, more)
         return x, log_det
 
     def inverse_and_log_det(
@@ -166,7 +221,7 @@ class Compose(Transform):
         z, log_det = last.inverse_and_log_det(x, own, **choices)
         for transform, own in reversed(rest):
             z, more = transform.inverse_and_log_det(z, own, **choices)
-            log_det = log_det + more
+            log_det = add_log_dets(log_det, more)
         return z, log_det
 
     def forward(
@@ -247,6 +302,7 @@ class Inverse(Transform):
 
     Raises:
         TypeError: not a Transform.
+        ValueError: a dequantization.
 
     Example:
         >>> import cnf
@@ -260,6 +316,7 @@ class Inverse(Transform):
         super().__init__()
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
+        check_real("transform", transform, "it has no inverse that is a transform")
         self.transform = transform
         self.base_shape, self.event_shape = transform.event_shape, transform.base_shape
         self.event_dims = transform.event_dims

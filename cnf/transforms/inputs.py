@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cnf.ode.inputs import check_floating
 
-__all__ = ["check_context_like", "check_event", "check_like", "check_vector"]
+__all__ = ["check_context_like", "check_event", "check_like", "check_shape", "check_vector"]
 
 
 def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
@@ -19,6 +19,15 @@ def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
         ValueError: of another shape.
     """
     check_floating(x)
+    check_shape(x, event_shape)
+
+
+def check_shape(x: Tensor, event_shape: Sequence[int]) -> None:
+    """Refuse what is not of the shape (*batch, *event).
+
+    Raises:
+        ValueError: of another shape.
+    """
     event = tuple(event_shape)
     if x.ndim < len(event) or x.shape[x.ndim - len(event) :] != event:
         expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnf.transforms.amortized import Amortized
 from cnf.transforms.base import Choices, check_choices
 from cnf.transforms.discrete import DiscreteTransform, Formula
-from cnf.transforms.inputs import check_vector
+from cnf.transforms.inputs import check_event, check_like, check_vector
 from cnf.transforms.matrices import FullMatrix, LUMatrix, Matrix, QRMatrix, make_matrix
 
 if TYPE_CHECKING:
@@ -260,6 +260,28 @@ class Diagonal(DiscreteTransform):
         """exp(-s) (x - b) and -sum s."""
         s, b = self.amortized(context)
         return (-s).exp() * (x - b), -self._sum(s).expand(len(x))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set b and exp(s) to the mean and standard deviation of data x (*batch, *event).
+
+        Then z has mean 0 and deviation 1 in every dimension, from which training goes on; where
+        context chooses s and b, that is so for context zero.
+
+        Raises:
+            TypeError: x of another dtype.
+            ValueError: x of a wrong shape, fewer than two samples, or values that are constant or
+                not finite.
+        """
+        check_event(x, self.event_shape)
+        check_like(x, self)
+        std, mean = torch.std_mean(x.reshape(-1, *self.event_shape), 0, correction=0)
+        if not bool(((std > 0) & std.isfinite() & mean.isfinite()).all()):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has dimensions that are constant or not finite, or "
+                "fewer than two samples; leave such dimensions out, or initialize by more data"
+            )
+        self.amortized.set(log_scale=std.log(), shift=mean)
 
     def _sum(self, s: Tensor) -> Tensor:
         """Over the numbers of a sample, for s (*event), or (B, *event) with context."""

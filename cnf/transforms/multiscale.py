@@ -11,7 +11,15 @@ from torch import Tensor
 
 from cnf.checks import check_choice
 from cnf.fields.base import event_shape_of
-from cnf.transforms.base import Choices, Compose, Transform, check_choices, check_ranks
+from cnf.transforms.base import (
+    Choices,
+    Compose,
+    Transform,
+    check_choices,
+    check_ranks,
+    check_real,
+    over_samples,
+)
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.inputs import check_event, check_vector
 
@@ -128,6 +136,7 @@ class Split(Transform):
         super().__init__()
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a Transform, got {type(transform).__name__}")
+        check_real("transform", transform, "put it behind all others, in a Compose")
         self.event_shape = self.base_shape = event_shape_of(features)
         check_vector(self.event_shape)
         n, *others = self.event_shape
@@ -159,7 +168,7 @@ class Split(Transform):
         a, b = self._halves(z, choices)
         a = _reshaped(a, self.first_shape, self.transform.base_shape)
         a, log_det = self.transform.forward_and_log_det(a, context, **choices)
-        return self._joined(a, b), log_det
+        return self._joined(a, b), over_samples(log_det, b.ndim - len(self.event_shape))
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -167,7 +176,8 @@ class Split(Transform):
         """z = (f^-1(x_a), x_b) and log |det df^-1/dx_a|."""
         a, b = self._halves(x, choices)
         a, log_det = self.transform.inverse_and_log_det(a, context, **choices)
-        return self._joined(_reshaped(a, self.transform.base_shape, self.first_shape), b), log_det
+        a = _reshaped(a, self.transform.base_shape, self.first_shape)
+        return self._joined(a, b), over_samples(log_det, b.ndim - len(self.event_shape))
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -250,6 +260,9 @@ class Multiscale(Transform):
         for i, stage in enumerate(stages):
             if not isinstance(stage, Transform):
                 raise TypeError(f"stages[{i}] must be a Transform, got {type(stage).__name__}")
+            check_real(
+                f"stages[{i}]", stage, "use Compose(Multiscale(...), ...) with it at the end"
+            )
         shape = stages[-1].event_shape
         if shape is None:
             raise ValueError(f"{_named(stages, -1)} has no fixed event shape; build it with one")

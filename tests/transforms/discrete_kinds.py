@@ -34,6 +34,7 @@ from cnf.transforms import (
     Radial,
     RationalQuadraticSpline,
     RecursiveCoupling,
+    Sigmoid,
     Split,
     Squeeze,
     Sylvester,
@@ -65,6 +66,7 @@ class Kind:
         idle: parameters that have no effect.
         drawn: whether building it draws what training never changes, such as a random mask.
         compiled: the backend of torch.compile, None where another kind runs the same operations.
+        domain: from any numbers to those that data may be.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Kind:
     idle: tuple[str, ...] = ()
     drawn: bool = False
     compiled: str | None = "aot_eager"
+    domain: Callable[[Tensor], Tensor] = torch.Tensor.clone
 
     def shape(self, direction: str) -> Shape:
         """Of a sample that the direction reads."""
@@ -89,6 +92,7 @@ class Kind:
     ) -> tuple[Tensor, ...]:
         """(z,), or (z, context), drawn in float32 whatever the dtype."""
         x = torch.randn(*batch, *self.shape(direction)).to(dtype)
+        x = self.domain(x) if direction == "inverse" else x
         return (x, torch.randn(*batch, self.context).to(dtype)) if self.context else (x,)
 
     def networks(self, n: int) -> tuple[Transform, Parameters]:
@@ -110,7 +114,17 @@ class Kind:
         return transform.to(dtype)
 
 
-ABOUT = ("base", "prepare", "volume_preserving", "modes", "spread", "idle", "drawn", "compiled")
+ABOUT = (
+    "base",
+    "prepare",
+    "volume_preserving",
+    "modes",
+    "spread",
+    "idle",
+    "drawn",
+    "compiled",
+    "domain",
+)
 SMOOTH = {"hidden": (8,), "activation": "silu"}  # for gradcheck
 VOLUME = {"volume_preserving": True}
 UNTRACED = {"compiled": None}
@@ -283,6 +297,7 @@ squeeze = kinds_of(Squeeze, "squeeze")
 CONTAINERS = [
     squeeze("channel", (2, 2, 4), base=(8, 1, 2), **VOLUME),
     squeeze("checkerboard", (2, 2, 4), "checkerboard", base=(8, 1, 2), **VOLUME),
+    Kind("sigmoid", lambda: Compose(Diagonal(3), Sigmoid(0.05)), domain=torch.sigmoid),
     Kind("split", lambda: Split(LULinear(2), 3), **UNTRACED),
     Kind(
         "split-context",
@@ -350,6 +365,7 @@ MODELS = [
     model("radial", 3, cnf.RadialFlow, layers=2, context=2),
     model("sylvester", 3, cnf.SylvesterFlow, layers=2),
     model("glow", (1, 4, 4), cnf.Glow, levels=2, steps=1, **SMOOTH, prepare=initialised),
+    model("glow-of-colours", (3, 4, 4), cnf.Glow, levels=2, steps=1, **SMOOTH, prepare=initialised),
 ]
 
 KINDS = [

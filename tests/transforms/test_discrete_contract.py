@@ -171,8 +171,9 @@ def test_a_sample_does_not_depend_on_the_others(kind: Kind, direction: str) -> N
     inputs = kind.inputs(direction, 4, dtype=torch.float64)
     before = joint(transform, direction)(*inputs)
     others = kind.inputs(direction, 4, dtype=torch.float64)
+    far = 3 if kind.domain is Tensor.clone else 1
     for one, other in zip(inputs, others, strict=True):
-        one[1:] = 3 * other[1:]
+        one[1:] = far * other[1:]
     after = joint(transform, direction)(*inputs)
     alone = joint(transform, direction)(*(t[:1] for t in inputs))
     for old, new, own in zip(before, after, alone, strict=True):
@@ -479,5 +480,6 @@ def test_the_registry_is_complete() -> None:
     classes = {each for each in public if inspect.isclass(each) and issubclass(each, cnf.Transform)}
     transforms = {each for each in classes if not inspect.isabstract(each)}
     covered = {type(part) for kind in KINDS for part in kind.make().modules()}
-    assert {each.__name__ for each in transforms - covered} == {"CNF"}
+    noisy = {"UniformDequantization", "VariationalDequantization"}  # see test_dequantization.py
+    assert {each.__name__ for each in transforms - covered} == {"CNF", *noisy}
     assert len({kind.name for kind in KINDS}) == len(KINDS)

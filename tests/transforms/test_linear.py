@@ -277,3 +277,22 @@ def test_a_diagonal_map_by_context_is_each_samples_own(shape: tuple) -> None:
     assert torch.allclose(returned, z)
     assert torch.allclose(negative, -log_det)
     assert f.forward(z[:0], context[:0]).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_a_diagonal_initialised_by_data_standardises_it(context) -> None:
+    torch.manual_seed(0)
+    f = Diagonal((2, 3), context)
+    x = torch.randn(500, 4, 2, 3) * torch.rand(2, 3) + torch.randn(2, 3)
+    f.initialize(x)
+    given = (torch.zeros(500, 4, 2),) if context else ()
+    z = f.inverse(x, *given)
+    assert z.mean((0, 1)).abs().max() < 1e-5
+    torch.testing.assert_close(z.std((0, 1)), torch.ones(2, 3), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(f.forward(z, *given), x)
+
+
+@pytest.mark.parametrize("x", [torch.ones(5, 3), torch.randn(1, 3), torch.randn(5, 2)])
+def test_a_diagonal_refuses_data_without_a_spread(x) -> None:
+    with pytest.raises(ValueError, match="constant|expected"):
+        Diagonal(3).initialize(x)

@@ -1,0 +1,376 @@
+"""Dequantization: noise that fills the gaps between integers, and what it adds to the likelihood.
+
+With noise u ~ q(u | x) in the unit cube, a density p of y = (x + u) / L gives integers x of D
+dimensions the probability
+
+    P(x) = E_q [ p(y) / (L^D q(u | x)) ],   log P(x) >= E_q [ log p(y) - D log L - log q(u | x) ]
+
+So the inverse of these transforms draws u, and what stands for its log-determinant is
+-D log L - log q(u | x): the log-likelihood of a flow that ends in one is a draw of that bound.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.checks import tracing
+from cnf.ode.inputs import check_finite, check_floating
+from cnf.transforms.base import (
+    Choices,
+    Transform,
+    check_choices,
+    check_no_context,
+    over_samples,
+)
+from cnf.transforms.context import check_context, expand_context
+from cnf.transforms.discrete import check_context_size
+from cnf.transforms.inputs import check_like, check_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from cnf.flow import Flow
+
+__all__ = ["UniformDequantization", "VariationalDequantization"]
+
+
+class _Dequantization(Transform):
+    """Integers x at the data side, numbers y = (x + u) / L at the other."""
+
+    quantized = True
+    scale: Tensor
+    real: Tensor | None
+
+    def __init__(self, levels: int | Sequence[int | None]) -> None:
+        super().__init__()
+        self.levels = _check_levels(levels)
+        each = (self.levels,) if isinstance(self.levels, int) else self.levels
+        self.most = max(n for n in each if n is not None)
+        scale = torch.tensor([float(n or 1) for n in each])
+        if isinstance(self.levels, int):
+            scale = scale.squeeze()
+        else:
+            self.event_shape = self.base_shape = (len(each),)
+        self.register_buffer("scale", scale, persistent=False)  # levels say it; dtype and device
+        real = torch.tensor([n is None for n in each])
+        self.register_buffer("real", real if real.any() else None, persistent=False)
+
+    def extra_repr(self) -> str:
+        """The levels."""
+        return f"levels={self.levels}"
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> Tensor:
+        """The integers x of numbers (*batch, *event), those outside [0, 1) to the nearest level."""
+        check_choices(choices)
+        check_floating(z)
+        x = torch.minimum((z * self.scale).floor().clamp_min(0), self.scale - 1)
+        if self.real is not None:
+            return torch.where(self.real, z, x)
+        return x.to(torch.uint8 if self.most <= 256 else torch.int64)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """y = (x + u) / L for a draw of u, and -log L - log q(u | x)."""
+        check_choices(choices)
+        x = self._as_numbers(x)
+        u, log_q = self._noise(x, context, choices)
+        y, log_scale = (x + u) / self.scale, self.scale.log().expand_as(x)
+        return y, -(over_samples(log_scale, log_q.ndim) + log_q)
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
+    ) -> tuple[Tensor, Tensor]:
+        """The integers x, and log L + log q(u | x) of the u that z has above them."""
+        x = self.forward(z, context, **choices)
+        numbers = x.to(z.dtype)
+        log_q = self._log_noise(z * self.scale - numbers, numbers, context, choices)
+        return x, over_samples(self.scale.log().expand_as(z), log_q.ndim) + log_q
+
+    @abstractmethod
+    def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        """u (*batch, *event) in the open unit cube, and log q(u | x)."""
+
+    @abstractmethod
+    def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
+        """log q(u | x)."""
+
+    @property
+    def _noise_bits(self) -> int:
+        """So many binary digits of u survive that x + u and (x + u) / L are rounded."""
+        digits = -round(math.log2(torch.finfo(self.scale.dtype).eps))
+        return digits - math.ceil(math.log2(self.most)) - 1
+
+    def _as_numbers(self, x: Tensor) -> Tensor:
+        """Integers x (*batch, *event) as floating-point numbers, checked."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
+        check_floating(self.scale, "the flow")
+        if self._noise_bits < 1:
+            raise ValueError(
+                f"levels={self.levels} are too many for {self.scale.dtype}, which has no digits "
+                "left for the noise; use flow.double()"
+            )
+        if self.real is not None:
+            check_floating(x)
+            check_like(x, self)
+        elif x.is_floating_point() or x.is_complex():
+            raise TypeError(self._refusal(x, f"got {str(x.dtype).removeprefix('torch.')} with"))
+        elif x.device != self.scale.device:
+            raise ValueError(
+                f"x is on {x.device} but the flow is on {self.scale.device}; use "
+                f"x.to({str(self.scale.device)!r})"
+            )
+        if self.event_shape is not None:
+            check_shape(x, self.event_shape)
+        self._check_values(x)
+        return x.to(self.scale.dtype)
+
+    def _check_values(self, x: Tensor) -> None:
+        """Refuse what is not one of the levels."""
+        if tracing() or not x.numel() or (x.dtype == torch.uint8 and self.levels == 256):
+            return
+        if x.is_floating_point():
+            check_finite(x, x.ndim - 1)
+        wrong = (x < 0) | (x >= self.scale)
+        if self.real is not None:
+            wrong = (wrong | (x != x.floor())) & ~self.real
+        if wrong.any():
+            raise ValueError(self._refusal(x, "got"))
+
+    def _refusal(self, x: Tensor, got: str) -> str:
+        """What is expected of x, and what it is."""
+        if isinstance(self.levels, int):
+            expected = f"integers from 0 to {self.levels - 1}"
+        else:
+            expected = f"integers, from 0 to one less than levels={self.levels}"
+        if self.real is not None:
+            expected += " (None: any number)"
+            x = x[..., ~self.real]
+        if not x.numel():
+            return f"x must hold {expected}, {got} no values; use x.to(torch.uint8)"
+        low, high = (v.item() for v in (x.detach().min(), x.detach().max()))
+        text = f"x must hold {expected}, {got} values from {low:.6g} to {high:.6g}"
+        if x.is_floating_point() and self.real is None:
+            once = f"({self.most - 1} * x)" if low >= 0 and high <= 1 else "x"
+            return f"{text}; use {once}.round().to(torch.uint8)"
+        return f"{text}; choose levels= to cover them"
+
+
+class UniformDequantization(_Dequantization):
+    """Uniform noise on integers: real numbers in the unit interval, whose density a flow can learn.
+
+        inverse: y = (x + u) / L,  u ~ U(0, 1);    forward: x = floor(L y)
+
+    Put last in a `Compose`, after a `Sigmoid`, it makes a flow of integers: `log_prob(x)` is a draw
+    of a lower bound of log P(x), `sample` returns integers, and `flow.bits_per_dim(x, samples=k)`
+    tightens the bound by k draws. The noise is never so near to 0 or 1 that x + u or y would be
+    rounded to the next integer or to 1.
+
+    Args:
+        levels: L, the number of values, 0 to L - 1, of each dimension: 256 for pixels, 2^n for n
+            bits. For a table, one for each column, and None for a column of real numbers, which
+            stays as it is; with such a column x is of floating point.
+
+    Shapes:
+        x (*batch, *event) of any integer type, y the same of the flow's dtype. Of one number for
+        all dimensions the log-determinant is that of each, and has the shape of x; a `Compose` or
+        `Flow` sums it over samples. Samples are uint8 up to 256 levels, int64 above.
+
+    Raises:
+        TypeError: floating-point x where integers are due; levels of another kind.
+        ValueError: levels below 2, or too many for the dtype; x that is not one of the levels.
+
+    Reference: Uria et al., arXiv 1306.0186; Theis et al., arXiv 1511.01844.
+
+    Example:
+        >>> import cnf
+        >>> flow = cnf.RealNVP((1, 8, 8), hidden=(16,))
+        >>> ends = cnf.Sigmoid(), cnf.UniformDequantization(17)
+        >>> flow = cnf.Flow(flow.base, cnf.Compose(flow.transform, *ends))
+        >>> x = torch.randint(17, (5, 1, 8, 8))
+        >>> flow.log_prob(x).shape, flow.bits_per_dim(x, samples=4).shape, flow.sample((3,)).dtype
+        (torch.Size([5]), torch.Size([5]), torch.uint8)
+    """
+
+    takes_context = False
+
+    def __init__(self, levels: int | Sequence[int | None] = 256) -> None:
+        super().__init__(levels)
+
+    def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        check_no_context(self, context)
+        generator = choices.get("generator")
+        device = x.device if generator is None else generator.device
+        u = torch.rand(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+        steps = 2**self._noise_bits
+        u = ((u * steps).floor() + 0.5) / steps  # the middles of equal parts
+        if self.real is not None:
+            u = u.masked_fill(self.real, 0.0)
+        return u, self._log_noise(u, x, context, choices)
+
+    def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
+        return torch.zeros_like(x) if self.event_shape is None else x.new_zeros(x.shape[:-1])
+
+
+class VariationalDequantization(_Dequantization):
+    """Noise on integers from a flow q(u | x) that is learned with the rest.
+
+        inverse: y = (x + u) / L,  u = sigmoid(v),  v ~ q(v | x);    forward: x = floor(L y)
+
+    The bound is tight where q(u | x) is the density of u given x, so a q that learns it leaves the
+    model a density of its own choice between the integers, where uniform noise asks for a flat one.
+    log_prob of the whole flow has a gradient in the parameters of q; `MaximumLikelihood` trains
+    them together.
+
+    Args:
+        q: a flow of the shape of x, given context of as many features as x has dimensions, x scaled
+            to (-1, 1) and flattened. For images give its networks `context_shape=` (`ConvNet`,
+            `ConvField`), by which they see it as an image.
+        levels: L, the number of values of each dimension, see `UniformDequantization`; no column
+            may be None.
+        context: number of context features of the whole flow that q is given behind x.
+
+    Shapes:
+        x (*batch, *event) of any integer type, y the same of the flow's dtype; log_det (*batch,).
+
+    Raises:
+        TypeError: q is not a Flow; floating-point x where integers are due.
+        ValueError: q without context, or of integers itself; levels as above.
+
+    Reference: Ho et al., arXiv 1902.00275.
+
+    Example:
+        >>> import cnf
+        >>> from cnf.transforms import ConvNet
+        >>> shape = (1, 8, 8)
+        >>> def network(inputs, outputs, context):
+        ...     return ConvNet(inputs, outputs, context, hidden=(16,), context_shape=shape)
+        >>> q = cnf.RealNVP(shape, layers=2, context=64, conditioner=network)
+        >>> f = VariationalDequantization(q, levels=17)
+        >>> y, log_det = f.inverse_and_log_det(torch.randint(17, (5, *shape)))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 1, 8, 8]), torch.Size([5]))
+    """
+
+    event_shape: tuple[int, ...]
+    q: Flow
+    context: int
+
+    def __init__(
+        self, q: Flow, levels: int | Sequence[int | None] = 256, *, context: int = 0
+    ) -> None:
+        super().__init__(levels)
+        check_context_size(context)
+        self.event_shape = self.base_shape = _check_noise_flow(q, self.event_shape)
+        if self.real is not None:
+            raise ValueError(
+                f"levels={self.levels} has None for columns of real numbers, which take no noise; "
+                "use UniformDequantization"
+            )
+        self.q = q
+        self.context = context
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        """Whether q is given some besides x."""
+        return self.context > 0
+
+    def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        given = self._given(x, context)
+        start = self.q.base.rsample(tuple(given.shape[:-1]), choices.get("generator"))
+        v, log_det = self.q.transform.forward_and_log_det(start, given, **choices)
+        u = self._edge + (1 - 2 * self._edge) * torch.sigmoid(v)
+        return u, self.q.base.log_prob(start) - log_det - self._log_slope(v)
+
+    def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
+        part = ((u - self._edge) / (1 - 2 * self._edge)).clamp(self._edge, 1 - self._edge)
+        v = torch.logit(part)
+        start, log_det = self.q.transform.inverse_and_log_det(v, self._given(x, context), **choices)
+        return self.q.base.log_prob(start) + log_det - self._log_slope(v)
+
+    @property
+    def _edge(self) -> float:
+        """u stays as far from 0 and 1, so that x + u is not rounded to an integer."""
+        return 0.5 ** (self._noise_bits + 1)
+
+    def _log_slope(self, v: Tensor) -> Tensor:
+        """log du/dv (*batch,)."""
+        slopes = F.logsigmoid(v) + F.logsigmoid(-v) + math.log1p(-2 * self._edge)
+        return over_samples(slopes, v.ndim - len(self.event_shape))
+
+    def _given(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What q is given (*batch, D + C): x, scaled and flattened, and context."""
+        batch = x.shape[: x.ndim - len(self.event_shape)]
+        image = ((2 * x + 1) / self.scale - 1).reshape(*batch, -1)
+        if not self.context:
+            check_no_context(self, context)
+            return image
+        if context is None:
+            raise ValueError(
+                f"context is missing: this VariationalDequantization was built with "
+                f"context={self.context}; pass context of shape (..., {self.context})"
+            )
+        check_context(context)
+        if context.shape[-1] != self.context:
+            raise ValueError(
+                f"context has {context.shape[-1]} features, expected context={self.context}"
+            )
+        return torch.cat((image, expand_context(context, batch)), -1)
+
+
+def _check_levels(levels: int | Sequence[int | None]) -> int | tuple[int | None, ...]:
+    """A number of levels, or one for each column, None for a real one.
+
+    Raises:
+        TypeError: of another kind.
+        ValueError: below 2, or no number at all.
+    """
+    one = isinstance(levels, int)
+    if not one and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+        raise TypeError(
+            f"levels={levels!r} must be an integer, such as 256, or one for each column of a table"
+        )
+    each = (levels,) if isinstance(levels, int) else tuple(levels)
+    for n in each:
+        if n is None and not one:
+            continue
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"levels={levels!r} must be integers, such as 256")
+        if n < 2:
+            raise ValueError(f"levels={levels!r} must be 2 or more: values from 0 to levels - 1")
+    if all(n is None for n in each):
+        raise ValueError(f"levels={levels!r} names no column of integers")
+    return levels if isinstance(levels, int) else each
+
+
+def _check_noise_flow(q: Flow, expected: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The event shape of q, which must be a flow of real numbers given context."""
+    transform = getattr(q, "transform", None)
+    if not isinstance(q, nn.Module) or not isinstance(transform, Transform):
+        raise TypeError(
+            f"q must be a cnf.Flow, such as cnf.RealNVP(D, context=D), got {type(q).__name__}"
+        )
+    shape: tuple[int, ...] = q.event_shape
+    if transform.quantized:
+        raise ValueError("q is a flow of integers; expected one of real numbers")
+    if not transform.takes_context:
+        raise ValueError(
+            f"q takes no context, but its noise depends on x; build it with "
+            f"context={math.prod(shape)}"
+        )
+    if expected is not None and expected != shape:
+        raise ValueError(
+            f"q has event_shape {shape}, but levels= names {expected[0]} columns; use "
+            f"levels=256, or q of event_shape {expected}"
+        )
+    return shape
