@@ -67,20 +67,23 @@ def conv_trace_constants(kernels: Sequence[Tensor], size: Sequence[int]) -> tupl
 
 
 def conv_trace(
-    slopes: Sequence[Tensor], gates: Sequence[Tensor], constants: tuple[Tensor, ...]
+    slopes: Sequence[Tensor], gates: Sequence[Tensor | None], constants: tuple[Tensor, ...]
 ) -> Tensor:
     """tr J (B,).
 
     Args:
         slopes: (B, H_1, H, W), (B, H_2, H, W) of the hidden layers, one or two.
-        gates: (H_1, 1, 1) or (B, H_1, 1, 1), ...; d_l is a slope times its gate.
+        gates: (H_1, 1, 1) or (B, H_1, 1, 1), ..., or None; d_l is a slope times its gate.
         constants: from `conv_trace_constants`.
     """
     if len(slopes) == 1:
         shares = (slopes[0] * constants[0]).sum((2, 3))
     else:
-        shares = _shares(slopes[0] * gates[0], slopes[1], constants)
-    return (shares * gates[-1].flatten(-3)).sum(1)  # the last gates need no pass over images
+        first = slopes[0] if gates[0] is None else slopes[0] * gates[0]
+        shares = _shares(first, slopes[1], constants)
+    if gates[-1] is not None:  # the last gates need no pass over images
+        shares = shares * gates[-1].flatten(-3)
+    return shares.sum(1)
 
 
 def _shares(first: Tensor, last: Tensor, constants: tuple[Tensor, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnf.fields.activations import ACTIVATIONS, activation
 from cnf.fields.base import check_sizes
+from cnf.fields.conv_image import ContextImage, image_features
 
 __all__ = ["MLP", "Conditioner", "ConvNet", "default_conditioner", "make_activation", "zeroed"]
 
@@ -84,12 +85,16 @@ class ConvNet(nn.Module):
     Args:
         inputs: shape of x (C, H, W).
         outputs: shape of what it returns (C', H, W).
-        context: number of context features, 0 for none; they shift every hidden channel.
+        context: number of context features N, 0 for none; they shift every hidden channel.
         hidden: channels of the hidden layers; the first and last kernels are 3x3, the others 1x1.
         activation: by name ("relu", "silu", "tanh", ...) or an elementwise module.
+        context_shape: shape of a context that is an image (C'', H', W'), None for a vector. The
+            context is that image, flattened: N = C'' H' W'. Its channels are joined to those of x.
+            H' and W' are H and W, or a multiple by one factor, as where a coupling works on
+            squeezed images: then its blocks of pixels become channels (`torch.nn.PixelUnshuffle`).
 
     Shapes:
-        x (B, C, H, W), context (B, C) -> (B, C', H, W).
+        x (B, C, H, W), context (B, N) -> (B, C', H, W).
 
     Raises:
         ValueError: sizes that are not positive, an unknown activation, shapes that do not fit.
@@ -98,6 +103,9 @@ class ConvNet(nn.Module):
 
     Example:
         >>> ConvNet((1, 4, 4), (2, 4, 4))(torch.randn(10, 1, 4, 4)).shape
+        torch.Size([10, 2, 4, 4])
+        >>> net = ConvNet((4, 4, 4), (2, 4, 4), context_shape=(3, 8, 8))
+        >>> net(torch.randn(10, 4, 4, 4), torch.randn(10, 3 * 8 * 8)).shape
         torch.Size([10, 2, 4, 4])
     """
 
@@ -109,9 +117,12 @@ class ConvNet(nn.Module):
         *,
         hidden: Sequence[int] = (64, 64),
         activation: str | nn.Module = "relu",
+        context_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_sizes("hidden", hidden)
+        if context_shape is not None:
+            context = image_features(context, context_shape)
         if len(inputs) != 3 or len(outputs) != 3 or tuple(inputs[1:]) != tuple(outputs[1:]):
             raise ValueError(
                 f"inputs={tuple(inputs)!r} and outputs={tuple(outputs)!r} must be shapes (C, H, W) "
@@ -125,15 +136,23 @@ class ConvNet(nn.Module):
         for i, (n_in, n_out) in enumerate(pairwise(widths)):
             self.layers.append(nn.Conv2d(n_in, n_out, 1 if i else 3, padding=0 if i else 1))
             self.activations.append(make_activation(activation))
-        self.contexts = nn.ModuleList(nn.Linear(context, n) for n in hidden if context)
+        self.image: nn.Module | None = None
+        self.contexts = nn.ModuleList()
+        if context_shape is not None:
+            first = cast(nn.Conv2d, self.layers[0])
+            self.image = ContextImage(context_shape, inputs[1:], first)
+        elif context:
+            self.contexts.extend(nn.Linear(context, n) for n in hidden)
         self.last = zeroed(nn.Conv2d(widths[-1], outputs[0], 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, C', H, W) for x (B, C, H, W) and context (B, C)."""
+        """(B, C', H, W) for x (B, C, H, W) and context (B, N)."""
         for i, (layer, bend) in enumerate(zip(self.layers, self.activations, strict=True)):
             x = layer(x)
-            if context is not None:
+            if context is not None and self.image is None:
                 x = x + self.contexts[i](context)[:, :, None, None]
+            elif context is not None and self.image is not None and not i:
+                x = x + self.image(context)
             x = bend(x)
         return cast(Tensor, self.last(x))
 
