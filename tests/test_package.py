@@ -188,6 +188,10 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
         lambda: cnf.Glow((1, 2, 2), 1, 1, (4,)),
         lambda f: f.log_prob(torch.linspace(-1, 1, 20).square().reshape(5, 1, 2, 2)),
     ),
+    "MultiscaleFFJORD": (
+        lambda: cnf.MultiscaleFFJORD((1, 2, 2), (4,), levels=2, blocks=1),
+        lambda f: f.log_prob(torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)),
+    ),
     "ConcatSquashField": (lambda: cnf.ConcatSquashField(2), lambda f: f(torch.tensor(0.5), x)),
     "ConvField": (
         lambda: cnf.ConvField((1, 5, 2), (3, 3)),

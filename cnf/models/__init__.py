@@ -6,6 +6,7 @@ from cnf.models.autoregressive import IAF, MAF
 from cnf.models.coupling import HINT, NICE, RealNVP
 from cnf.models.ffjord import FFJORD
 from cnf.models.glow import Glow
+from cnf.models.multiscale_ffjord import MultiscaleFFJORD
 from cnf.models.planar import PlanarFlow, RadialFlow, SylvesterFlow
 from cnf.models.spline import NeuralSpline
 
@@ -16,6 +17,7 @@ __all__ = [
     "MAF",
     "NICE",
     "Glow",
+    "MultiscaleFFJORD",
     "NeuralSpline",
     "PlanarFlow",
     "RadialFlow",

@@ -18,7 +18,7 @@ from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms import CNF, Compose, Transform
 from cnf.transforms.times import Time, check_end_times, own_copy
 
-__all__ = ["FFJORD"]
+__all__ = ["FFJORD", "cnf_blocks"]
 
 
 class FFJORD(Flow):
@@ -72,22 +72,48 @@ class FFJORD(Flow):
         **options: Any,
     ) -> None:
         event_shape = event_shape_of(features)
-        check_count("blocks", blocks)
-        if isinstance(field, nn.Module) or not callable(field):
-            raise TypeError(
-                f"field must make fields, called as field(features, hidden, context=...), such as "
-                f"cnf.MLPField; got {type(field).__name__}; for a ready field use "
-                "cnf.Flow(cnf.StandardNormal(...), cnf.CNF(field))"
-            )
+        steps = cnf_blocks(
+            features,
+            hidden,
+            blocks=blocks,
+            context=context,
+            divergence=divergence,
+            solver=solver,
+            field=field,
+            times=times,
+            **options,
+        )
         base = base_for(event_shape, base)
-        steps: list[Transform] = [
-            CNF(
-                field(features, hidden, context=context, **options),
-                divergence,
-                solver,
-                event_dims=len(event_shape),
-                times=own_copy(check_end_times(times)),
-            )
-            for _ in range(blocks)
-        ]
         super().__init__(base, steps[0] if blocks == 1 else Compose(*steps))
+
+
+def cnf_blocks(
+    features: int | Sequence[int],
+    hidden: Sequence[int],
+    *,
+    blocks: int,
+    context: int,
+    divergence: str | Divergence | None,
+    solver: Solver | TorchDiffEq | None,
+    field: Callable[..., nn.Module],
+    times: tuple[Time, Time],
+    **options: Any,
+) -> list[Transform]:
+    """CNFs in a row, each with a field of its own; see `FFJORD`."""
+    check_count("blocks", blocks)
+    if isinstance(field, nn.Module) or not callable(field):
+        raise TypeError(
+            f"field must make fields, called as field(features, hidden, context=...), such as "
+            f"cnf.MLPField; got {type(field).__name__}; for a ready field use "
+            "cnf.Flow(cnf.StandardNormal(...), cnf.CNF(field))"
+        )
+    return [
+        CNF(
+            field(features, hidden, context=context, **options),
+            divergence,
+            solver,
+            event_dims=len(event_shape_of(features)),
+            times=own_copy(check_end_times(times)),
+        )
+        for _ in range(blocks)
+    ]

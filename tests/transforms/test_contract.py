@@ -51,7 +51,7 @@ class Kind(NamedTuple):
         transform = self.make().to(dtype)
         with torch.no_grad():
             for parameter in transform.parameters():
-                fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
                 parameter.normal_(0.0, 1.5 / math.sqrt(fan_in))
         return transform
 
@@ -63,6 +63,12 @@ def mlp(features, hidden=(12,), context=0, solver=None, **options) -> cnf.CNF:
 
 def squash(features, hidden=(12,), context=0) -> cnf.CNF:
     return cnf.CNF(cnf.ConcatSquashField(features, hidden, context=context), "exact")
+
+
+def scales(features, context=0) -> cnf.Transform:
+    return cnf.MultiscaleFFJORD(
+        features, (4, 4), levels=2, blocks=1, context=context, divergence="exact"
+    ).transform
 
 
 KINDS = [
@@ -88,6 +94,8 @@ KINDS = [
         ),
         context=2,
     ),
+    Kind("multiscale-grey", lambda: scales((1, 4, 4)), event=(1, 4, 4)),
+    Kind("multiscale-colours", lambda: scales((3, 4, 4), context=2), event=(3, 4, 4), context=2),
 ]
 
 DIRECTIONS = ("forward", "inverse")
