@@ -214,7 +214,7 @@ class Flow(nn.Module):
         """
         check_count("samples", samples)
         check_bool("return_stderr", return_stderr)
-        if not self.transform.quantized or x.is_floating_point():
+        if not self.transform.quantized:
             raise TypeError(
                 "bits_per_dim needs integers, and a flow whose transform ends in a dequantization: "
                 "cnf.Compose(transform, cnf.Sigmoid(), cnf.UniformDequantization(levels)); for "
@@ -225,6 +225,10 @@ class Flow(nn.Module):
         self._check_shape(x)
         choices = _choices(divergence, solver, generator)
         weights = torch.stack([self._log_prob(x, context, choices)[0] for _ in range(samples)])
+        if x.is_floating_point():  # which the dequantization has accepted
+            raise TypeError(
+                "bits_per_dim needs integers in all columns, and here some are real; use log_prob"
+            )
         bits, stderr = bits_per_dim(weights, self.event_shape, self._averages(choices))
         return (bits, stderr) if return_stderr else bits
 

@@ -542,6 +542,140 @@ def layers() -> Iterator[Case]:
         )
 
 
+def pixel_flow(levels: Any = 256, alpha: float = 0.05, d: int = 4) -> cnf.Flow:
+    """A flow of integers without parameters."""
+    ends = cnf.Compose(cnf.Sigmoid(alpha), cnf.UniformDequantization(levels))
+    return cnf.Flow(cnf.StandardNormal(d), ends)
+
+
+def pixels() -> Iterator[Case]:
+    """Pixels that are none, levels and alphas that cannot be, and dequantization out of place."""
+    f, few = pixel_flow(), pixel_flow(17)
+    unit = torch.linspace(0, 1, 12).reshape(3, 4)
+    digits = torch.arange(12).reshape(3, 4)
+    for name, own, x, error, words in (
+        ("floats-to-1", f, unit, TypeError, ("0 to 255", "float32", "from 0 to 1", "255 * x")),
+        ("floats-to-255", f, 255 * unit, TypeError, ("float32", "from 0 to 255", "x.round()")),
+        ("double", f, unit.double(), TypeError, ("float64", "from 0 to 1", "uint8")),
+        ("256", f, 256 * (digits > 3), ValueError, ("0 to 255", "from 0 to 256", "levels=")),
+        ("minus-1", f, digits - 1, ValueError, ("0 to 255", "from -1 to 10")),
+        ("17", few, digits + 6, ValueError, ("0 to 16", "from 6 to 17", "levels=")),
+        ("uint8-17", few, (digits + 6).to(torch.uint8), ValueError, ("0 to 16", "6 to 17")),
+        ("shape", f, digits[:, :3], ValueError, ("(3, 3)", "D=4")),
+        ("list", f, [1, 2, 3, 4], TypeError, ("x", "list")),
+        ("meta", f, digits.to("meta"), ValueError, ("x is on meta", "cpu")),
+        ("nan", f, NAN * unit, TypeError, ("float32", "nan")),
+    ):
+        yield Case(f"pixels-{name}", lambda o=own, v=x: o.log_prob(v), error, words)
+        yield Case(f"bits-{name}", lambda o=own, v=x: o.bits_per_dim(v), error, words)
+    half = pixel_flow().half()
+    yield Case(
+        "pixels-half", lambda: half.log_prob(digits), TypeError, ("the flow", "float32", "float16")
+    )
+    table = cnf.Flow(cnf.StandardNormal(4), cnf.UniformDequantization((3, None, 9, None)))
+    real = torch.tensor([[0.0, -1.5, 8.0, 3.5]])
+    for name, x, error, words in (
+        ("whole", real + 0.5, ValueError, ("whole numbers", "from 0.5 to 8.5")),
+        ("range", real + 1, ValueError, ("levels=(3, None, 9, None)", "from 1 to 9")),
+        ("integers", real.long(), TypeError, ("float32", "int64")),
+        ("nan", NAN * real, ValueError, ("non-finite",)),
+        ("bits", None, TypeError, ("bits_per_dim needs integers",)),
+    ):
+        call = (lambda: table.bits_per_dim(real)) if x is None else lambda v=x: table.log_prob(v)
+        yield Case(f"counts-{name}", call, error, words)
+    for levels, error, word in (
+        (1, ValueError, "2 or more"),
+        (0, ValueError, "2 or more"),
+        (True, TypeError, "integers"),
+        (256.0, TypeError, "256.0"),
+        ("256", TypeError, "'256'"),
+        (None, TypeError, "None"),
+        ((), ValueError, "names no column"),
+        ((None,), ValueError, "names no column"),
+        ((4, 1), ValueError, "2 or more"),
+        ((4, 2.0), TypeError, "2.0"),
+    ):
+        yield Case(
+            f"levels-{levels!r}", lambda n=levels: cnf.UniformDequantization(n), error,
+            ("levels=", word),
+        )  # fmt: skip
+    yield Case(
+        "levels-too-many", lambda: pixel_flow(2**23).log_prob(digits), ValueError,
+        ("levels=8388608", "float32", "double"),
+    )  # fmt: skip
+    for alpha in (0, 0.5, -1.0, NAN, 1.0):
+        yield Case(
+            f"alpha-{alpha}", lambda a=alpha: cnf.Sigmoid(a), ValueError, ("alpha=", "0 and 0.5")
+        )
+    yield Case("alpha-text", lambda: cnf.Sigmoid("0.05"), TypeError, ("alpha=", "str"))
+    tiny = ("alpha=1e-09", "too small for float32", "1e-6")
+    yield Case("alpha-1e-9", lambda: pixel_flow(alpha=1e-9).log_prob(digits), ValueError, tiny)
+    yield Case("alpha-1e-9-sample", lambda: pixel_flow(alpha=1e-9).sample(), ValueError, tiny)
+    logit = cnf.Sigmoid().inverse
+    yield Case("logit-above-1", lambda: logit(1.2 * unit), ValueError, ("0 to 1.2", "0 to 1"))
+    yield Case("logit-below-0", lambda: logit(unit - 0.5), ValueError, ("-0.5 to 0.5", "0 to 1"))
+    yield Case("logit-nan", lambda: logit(spoilt(NAN)), ValueError, ("non-finite",))
+    yield Case("logit-integers", lambda: logit(digits), TypeError, ("int64", "x.float()"))
+    yield Case(
+        "logit-context", lambda: logit(unit, unit), ValueError, ("context", "Sigmoid takes none")
+    )
+    end = cnf.UniformDequantization()
+    for name, make, words in (
+        ("compose", lambda: cnf.Compose(end, cnf.Sigmoid()), ("transforms[0]", "be the last")),
+        ("inverse", lambda: cnf.Inverse(end), ("UniformDequantization", "no inverse")),
+        ("split", lambda: layer.Split(end, 4), ("transform", "in a Compose")),
+        ("multiscale", lambda: layer.Multiscale(cnf.Compose(end)), ("stages[0]", "at the end")),
+    ):
+        yield Case(f"dequantization-in-{name}", make, ValueError, ("integers", *words))
+    q = cnf.RealNVP(4, context=4)
+    variational = cnf.VariationalDequantization
+    for name, make, error, words in (
+        ("no-flow", lambda: variational(torch.nn.Linear(4, 4)), TypeError, ("q", "Linear")),
+        ("no-context", lambda: variational(cnf.RealNVP(4)), ValueError, ("q", "context=4")),
+        ("integers", lambda: variational(pixel_flow()), ValueError, ("q", "integers")),
+        ("columns", lambda: variational(q, (3, 4)), ValueError, ("q", "2 columns")),
+        ("real", lambda: variational(q, (3, None, 4, 4)), ValueError, ("None", "Uniform")),
+    ):
+        yield Case(f"q-{name}", make, error, words)
+    given = variational(cnf.RealNVP(4, context=6), context=2)
+    for name, context, words in (
+        ("missing", None, ("context is missing", "context=2")),
+        ("size", points(3, 5), ("5 features", "context=2")),
+    ):
+        yield Case(
+            f"q-context-{name}", lambda c=context: given.inverse(digits, c), ValueError, words
+        )
+    yield Case(
+        "q-context-extra", lambda: variational(q).inverse(digits, points(3)), ValueError,
+        ("context", "takes none"),
+    )  # fmt: skip
+    for name, call, words in (
+        ("score", lambda: f.score(digits), ("score", "integers")),
+        ("rsample", lambda: f.rsample((3,)), ("rsample", "sample")),
+        ("rsample-log-prob", f.rsample_and_log_prob, ("sample_and_log_prob",)),
+    ):
+        yield Case(f"integers-{name}", call, TypeError, words)
+    yield Case("bits-real", lambda: flow().bits_per_dim(points()), TypeError, ("needs integers",))
+    for samples in (0, -1, 1.5, True):
+        yield Case(
+            f"bits-samples-{samples}", lambda k=samples: f.bits_per_dim(digits, samples=k),
+            ValueError, ("samples=",),
+        )  # fmt: skip
+    yield Case(
+        "bits-stderr-of-one", lambda: f.bits_per_dim(digits, return_stderr=True), ValueError,
+        ("return_stderr", "samples"),
+    )  # fmt: skip
+    glow = cnf.Glow((1, 8, 8), levels=2, steps=1, hidden=(4,))
+    yield Case(
+        "glow-images-as-floats",
+        lambda: cnf.Flow(glow.base, cnf.Compose(glow.transform, cnf.Sigmoid(), end)).log_prob(
+            torch.rand(2, 1, 8, 8)
+        ),
+        TypeError,
+        ("0 to 255", "float32"),
+    )
+
+
 def times() -> Iterator[Case]:
     """Times that are no numbers, not finite, or too close."""
     x = points(5)
@@ -564,7 +698,7 @@ def times() -> Iterator[Case]:
 
 CASES = [
     case
-    for group in (inputs, contexts, fields, solves, choices, sizes, layers, times)
+    for group in (inputs, contexts, fields, solves, choices, sizes, layers, pixels, times)
     for case in group()
 ]
 

@@ -114,7 +114,10 @@ class _Dequantization(Transform):
         """Integers x (*batch, *event) as floating-point numbers, checked."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
-        check_floating(self.scale, "the flow")
+        if self.scale.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the flow is {self.scale.dtype}, expected float32 or float64; use flow.float()"
+            )
         if self._noise_bits < 1:
             raise ValueError(
                 f"levels={self.levels} are too many for {self.scale.dtype}, which has no digits "
@@ -152,9 +155,9 @@ class _Dequantization(Transform):
         if isinstance(self.levels, int):
             expected = f"integers from 0 to {self.levels - 1}"
         else:
-            expected = f"integers, from 0 to one less than levels={self.levels}"
+            expected = f"whole numbers from 0 to one less than levels={self.levels}"
         if self.real is not None:
-            expected += " (None: any number)"
+            expected += " (None: any number),"
             x = x[..., ~self.real]
         if not x.numel():
             return f"x must hold {expected}, {got} no values; use x.to(torch.uint8)"
@@ -163,7 +166,7 @@ class _Dequantization(Transform):
         if x.is_floating_point() and self.real is None:
             once = f"({self.most - 1} * x)" if low >= 0 and high <= 1 else "x"
             return f"{text}; use {once}.round().to(torch.uint8)"
-        return f"{text}; choose levels= to cover them"
+        return f"{text}; shift them to begin at 0, and choose levels= to cover them"
 
 
 class UniformDequantization(_Dequantization):

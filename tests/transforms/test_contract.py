@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     make: Callable[[], cnf.Transform]
     event: tuple[int, ...] = (3,)
     context: int = 0
+    spread: float = 1.5
 
     def inputs(self, *batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(z,), or (z, context)."""
@@ -52,7 +53,7 @@ class Kind(NamedTuple):
         with torch.no_grad():
             for parameter in transform.parameters():
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-                parameter.normal_(0.0, 1.5 / math.sqrt(fan_in))
+                parameter.normal_(0.0, self.spread / math.sqrt(fan_in))
         return transform
 
 
@@ -66,9 +67,8 @@ def squash(features, hidden=(12,), context=0) -> cnf.CNF:
 
 
 def scales(features, context=0) -> cnf.Transform:
-    return cnf.MultiscaleFFJORD(
-        features, (4, 4), levels=2, blocks=1, context=context, divergence="exact"
-    ).transform
+    small = {"hidden": (4, 4), "levels": 2, "blocks": 1, "frequencies": 0}
+    return cnf.MultiscaleFFJORD(features, context=context, divergence="exact", **small).transform
 
 
 KINDS = [
@@ -94,8 +94,8 @@ KINDS = [
         ),
         context=2,
     ),
-    Kind("multiscale-grey", lambda: scales((1, 4, 4)), event=(1, 4, 4)),
-    Kind("multiscale-colours", lambda: scales((3, 4, 4), context=2), event=(3, 4, 4), context=2),
+    Kind("multiscale-grey", lambda: scales((1, 4, 4)), event=(1, 4, 4), spread=0.8),
+    Kind("multiscale-colours", lambda: scales((3, 4, 4), 2), (3, 4, 4), context=2, spread=0.8),
 ]
 
 DIRECTIONS = ("forward", "inverse")
