@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.checks import tracing
@@ -228,7 +227,10 @@ class UniformDequantization(_Dequantization):
 class VariationalDequantization(_Dequantization):
     """Noise on integers from a flow q(u | x) that is learned with the rest.
 
-        inverse: y = (x + u) / L,  u = sigmoid(v),  v ~ q(v | x);    forward: x = floor(L y)
+        inverse: y = (x + u) / L,  u = Phi(v),  v ~ q(v | x);    forward: x = floor(L y)
+
+    with Phi the standard normal distribution function, by which a q that is the standard normal, as
+    discrete flows are at first, gives uniform noise.
 
     The bound is tight where q(u | x) is the density of u given x, so a q that learns it leaves the
     model a density of its own choice between the integers, where uniform noise asks for a flat one.
@@ -292,12 +294,12 @@ class VariationalDequantization(_Dequantization):
         given = self._given(x, context)
         start = self.q.base.rsample(tuple(given.shape[:-1]), choices.get("generator"))
         v, log_det = self.q.transform.forward_and_log_det(start, given, **choices)
-        u = self._edge + (1 - 2 * self._edge) * torch.sigmoid(v)
+        u = self._edge + (1 - 2 * self._edge) * torch.special.ndtr(v)
         return u, self.q.base.log_prob(start) - log_det - self._log_slope(v)
 
     def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
         part = ((u - self._edge) / (1 - 2 * self._edge)).clamp(self._edge, 1 - self._edge)
-        v = torch.logit(part)
+        v = torch.special.ndtri(part)
         start, log_det = self.q.transform.inverse_and_log_det(v, self._given(x, context), **choices)
         return self.q.base.log_prob(start) + log_det - self._log_slope(v)
 
@@ -308,7 +310,7 @@ class VariationalDequantization(_Dequantization):
 
     def _log_slope(self, v: Tensor) -> Tensor:
         """log du/dv (*batch,)."""
-        slopes = F.logsigmoid(v) + F.logsigmoid(-v) + math.log1p(-2 * self._edge)
+        slopes = math.log1p(-2 * self._edge) - 0.5 * (v.square() + math.log(2 * math.pi))
         return over_samples(slopes, v.ndim - len(self.event_shape))
 
     def _given(self, x: Tensor, context: Tensor | None) -> Tensor:

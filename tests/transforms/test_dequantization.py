@@ -31,13 +31,13 @@ def pixels(model, *ends) -> cnf.Flow:
     return cnf.Flow(model.base, cnf.Compose(model.transform, *ends))
 
 
-def noise_flow(kind: str, shape, context=0) -> cnf.Flow:
+def noise_flow(kind: str, shape, context=0, scale=1.5) -> cnf.Flow:
     """q(u | x), by couplings, a perceptron's or a convolution's ODE.
 
-    Tails wider than the logistic's keep the weights 1 / q(u | x) bounded.
+    Tails wider than the normal's keep the weights 1 / q(u | x) bounded.
     """
     given = math.prod(shape) + context
-    wide = Independent(Laplace(torch.zeros(shape), torch.full(shape, 1.5)), len(shape))
+    wide = Independent(Laplace(torch.zeros(shape), torch.full(shape, scale)), len(shape))
     if kind == "ode":
         return randomised(cnf.FFJORD(shape, (8,), context=given, base=wide), 0.4)
 
@@ -162,6 +162,15 @@ def test_estimated_divergences_are_averaged_not_weighted() -> None:
     assert truth - 1e-3 < tight.mean() < bits.mean()
 
 
+def test_a_q_that_starts_as_a_normal_starts_as_uniform_noise() -> None:
+    x = torch.randint(17, (5, 4))
+    end = VariationalDequantization(cnf.RealNVP(4, context=4), 17)  # networks begin at zero
+    y, log_det = end.inverse_and_log_det(x)
+    torch.testing.assert_close(log_det, torch.full((5,), -4 * math.log(17)), rtol=0, atol=1e-4)
+    v = (17 * y - x).detach()
+    assert 0 < v.min() < v.max() < 1
+
+
 @pytest.mark.parametrize("kind", ["coupling", "ode"])
 def test_a_learned_q_is_nearer_than_uniform_noise(kind) -> None:
     """The density is steep within the cells, so that uniform noise loses a known part."""
@@ -254,7 +263,7 @@ def test_both_directions_belong_together(kind) -> None:
     end = (
         UniformDequantization(17)
         if kind == "uniform"
-        else VariationalDequantization(noise_flow(kind, shape), 17)
+        else VariationalDequantization(noise_flow(kind, shape, scale=0.3), 17)
     ).double()
     x = torch.randint(17, (3, 5, *shape))
     tight = {"solver": cnf.Solver(rtol=1e-10, atol=1e-10)} if kind == "ode" else {}
