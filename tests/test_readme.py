@@ -48,6 +48,14 @@ def test_discrete_flows_run() -> None:
     assert names["log_prob"].shape == (512,)
 
 
+def test_flows_of_integers_run() -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[5], names)
+    assert names["bits"].shape == names["stderr"].shape == (32,)
+    assert str(names["images"].dtype) == "torch.uint8"
+
+
 def test_own_fields_run() -> None:
     import torch
 
@@ -62,5 +70,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[5], names)
+    exec(BLOCKS[6], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)
