@@ -17,8 +17,8 @@ Conventions, the same everywhere:
 - Shapes: x (*batch, *event); log-determinants and log-densities (*batch,); context (*batch, C).
 - Log-determinants belong to the map just applied and are added:
   log_prob = base.log_prob(z) + log_det.
-- Integers, such as pixels, have a transform that ends in a dequantization: `log_prob` is then a draw
-  of a lower bound of their log-probability.
+- Integers, such as pixels, have a transform that ends in a dequantization: `log_prob` is then a
+  draw of a lower bound of their log-probability.
 - Noise is drawn once a solve, from an optional `torch.Generator`.
 - `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
   one exception is `cnf.transforms.BatchNorm`, which is defined by it.)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, transforms
 
+from cnf.noise import draw
+
 __all__ = ["Base", "DistributionBase", "StandardNormal", "as_base", "base_for"]
 
 
@@ -74,10 +76,7 @@ class StandardNormal(Base):
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Samples (*shape, *event)."""
-        device = self.like.device if generator is None else generator.device
-        full = (*shape, *self.event_shape)
-        z = torch.randn(full, dtype=self.like.dtype, device=device, generator=generator)
-        return z.to(self.like.device)
+        return draw(torch.randn, (*shape, *self.event_shape), like=self.like, generator=generator)
 
 
 class DistributionBase(Base):

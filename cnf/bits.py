@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 __all__ = ["bits_per_dim"]
@@ -27,6 +26,7 @@ def bits_per_dim(
         bits (*batch,) and standard errors (*batch,), NaN for one draw.
 
     Example:
+        >>> import torch
         >>> bits, stderr = bits_per_dim(torch.tensor([[0.25], [0.25]]).log(), (2,))
         >>> bits, stderr
         (tensor([1.]), tensor([0.]))
@@ -38,5 +38,5 @@ def bits_per_dim(
     else:
         log_prob = log_weights.logsumexp(0) - math.log(k)
         spread = (log_weights - log_prob).exp()  # d log(mean w) = d mean(w) / mean(w)
-    stderr = spread.std(0) / math.sqrt(k) if k > 1 else torch.full_like(log_prob, torch.nan)
-    return -log_prob / nats, stderr.detach() / nats
+    variance = (spread - spread.mean(0)).square().sum(0) / (k - 1 or math.nan)
+    return -log_prob / nats, (variance / k).sqrt().detach() / nats

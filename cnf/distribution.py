@@ -63,10 +63,12 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All of R^D: the samples are where the transform puts them; integers, if it is of them."""
-        integers = self.flow.transform.quantized
-        each = constraints.nonnegative_integer if integers else constraints.real
-        return constraints.independent(each, len(self.event_shape))
+        """All of R^D: the samples are where the transform puts them; or its levels."""
+        levels = self.flow.transform.levels
+        if isinstance(levels, tuple):
+            columns = constraints.stack([_values(n) for n in levels], -1)
+            return constraints.independent(columns, 1)
+        return constraints.independent(_values(levels), len(self.event_shape))
 
     def expand(
         self, batch_shape: _Size, _instance: FlowDistribution | None = None
@@ -115,6 +117,11 @@ class FlowDistribution(Distribution):
         """Samples (*sample, *batch, *event), without gradient."""
         choices = {k: v for k, v in self.choices.items() if k != "divergence"}
         return self.flow.sample(self._shape(sample_shape), self.context, **choices)
+
+
+def _values(levels: int | None) -> constraints.Constraint:
+    """The integers below levels, or all numbers."""
+    return constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
 
 
 def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:

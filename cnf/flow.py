@@ -17,7 +17,7 @@ from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.ode.odeint import as_solver
-from cnf.transforms.base import Choices, Transform, add_log_dets
+from cnf.transforms.base import Choices, Transform, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
 from cnf.transforms.inputs import check_like
@@ -122,7 +122,8 @@ class Flow(nn.Module):
                 the others the value that they have without them.
             return_stderr: whether to return the standard error of each log-density too, from the
                 spread of k >= 2 independent probes over one solve: sqrt(var / k), summed over the
-                CNFs in quadrature; zero where the divergence is exact.
+                CNFs in quadrature; zero where the divergence is exact. It says nothing of the noise
+                on integers: see `bits_per_dim`.
 
         Returns:
             log p(x) (*batch,), or log p(x) and its standard error (*batch,).
@@ -158,7 +159,7 @@ class Flow(nn.Module):
         """Log-density (*batch,), and its standard error where variances are asked for."""
         self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-        log_prob = add_log_dets(self.base.log_prob(z), log_det)
+        log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
         if "variances" not in choices:
             return [log_prob]
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
@@ -220,15 +221,17 @@ class Flow(nn.Module):
                 "cnf.Compose(transform, cnf.Sigmoid(), cnf.UniformDequantization(levels)); for "
                 "real numbers use log_prob"
             )
+        levels = self.transform.levels
+        if isinstance(levels, tuple) and None in levels:
+            raise TypeError(
+                f"bits_per_dim needs integers in all columns, but levels={levels} has None for "
+                "real ones; use log_prob"
+            )
         if return_stderr and samples < 2:
             raise ValueError(f"return_stderr=True needs samples of 2 or more, got {samples}")
         self._check_shape(x)
         choices = _choices(divergence, solver, generator)
         weights = torch.stack([self._log_prob(x, context, choices)[0] for _ in range(samples)])
-        if x.is_floating_point():  # which the dequantization has accepted
-            raise TypeError(
-                "bits_per_dim needs integers in all columns, and here some are real; use log_prob"
-            )
         bits, stderr = bits_per_dim(weights, self.event_shape, self._averages(choices))
         return (bits, stderr) if return_stderr else bits
 
@@ -273,7 +276,7 @@ class Flow(nn.Module):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
             self._check_values(x, context)
             z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-            log_prob = add_log_dets(self.base.log_prob(z), log_det)
+            log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
             (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
         if create_graph and not score.requires_grad:
             raise RuntimeError(
@@ -399,7 +402,7 @@ class Flow(nn.Module):
         choices = _choices(divergence, solver, generator)
         z = self._draw(shape, context, generator)
         x, log_det = self.transform.forward_and_log_det(z, context, **choices)
-        return x, add_log_dets(self.base.log_prob(z), -log_det)
+        return x, self.base.log_prob(z) - self._of_samples(log_det, x)
 
     def distribution(
         self,
@@ -439,6 +442,10 @@ class Flow(nn.Module):
         self._check_values(None, context)
         batch = () if context is None else tuple(context.shape[:-1])
         return self.base.rsample((*_sample_shape(shape), *batch), generator)
+
+    def _of_samples(self, log_det: Tensor, x: Tensor) -> Tensor:
+        """(*batch,), also where the transform tells that of every number of x."""
+        return over_samples(log_det, x.ndim - len(self.event_shape))
 
     def _check_shape(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -556,6 +556,9 @@ def pixels() -> Iterator[Case]:
     for name, own, x, error, words in (
         ("floats-to-1", f, unit, TypeError, ("0 to 255", "float32", "from 0 to 1", "255 * x")),
         ("floats-to-255", f, 255 * unit, TypeError, ("float32", "from 0 to 255", "x.round()")),
+        ("complex", f, unit * 1j, TypeError, ("0 to 255", "complex64")),
+        ("empty-floats", f, unit[:0], TypeError, ("0 to 255", "empty")),
+        ("uint16", few, (digits + 6).to(torch.uint16), ValueError, ("0 to 16", "6 to 17")),
         ("double", f, unit.double(), TypeError, ("float64", "from 0 to 1", "uint8")),
         ("256", f, 256 * (digits > 3), ValueError, ("0 to 255", "from 0 to 256", "levels=")),
         ("minus-1", f, digits - 1, ValueError, ("0 to 255", "from -1 to 10")),
@@ -564,10 +567,19 @@ def pixels() -> Iterator[Case]:
         ("shape", f, digits[:, :3], ValueError, ("(3, 3)", "D=4")),
         ("list", f, [1, 2, 3, 4], TypeError, ("x", "list")),
         ("meta", f, digits.to("meta"), ValueError, ("x is on meta", "cpu")),
-        ("nan", f, NAN * unit, TypeError, ("float32", "nan")),
+        ("nan", f, NAN * unit, TypeError, ("float32", "NaN")),
     ):
         yield Case(f"pixels-{name}", lambda o=own, v=x: o.log_prob(v), error, words)
         yield Case(f"bits-{name}", lambda o=own, v=x: o.bits_per_dim(v), error, words)
+    diverged = cnf.Flow(
+        cnf.StandardNormal(2), cnf.Compose(cnf.CNF(lambda t, x: x * NAN, "exact",
+        cnf.Solver(on_failure="nan")), cnf.Sigmoid(), cnf.UniformDequantization()))  # fmt: skip
+    words = ("6 of 6", "NaN", "diverged")
+    yield Case("pixels-of-nan", lambda: diverged.sample((3,)), ValueError, words)
+    yield Case(
+        "pixels-too-many-levels-to-sample", lambda: pixel_flow(2**30).sample((3,)), ValueError,
+        ("levels=", "double"),
+    )  # fmt: skip
     half = pixel_flow().half()
     yield Case(
         "pixels-half", lambda: half.log_prob(digits), TypeError, ("the flow", "float32", "float16")
@@ -577,7 +589,7 @@ def pixels() -> Iterator[Case]:
     for name, x, error, words in (
         ("whole", real + 0.5, ValueError, ("whole numbers", "from 0.5 to 8.5")),
         ("range", real + 1, ValueError, ("levels=(3, None, 9, None)", "from 1 to 9")),
-        ("integers", real.long(), TypeError, ("float32", "int64")),
+        ("integers", real.long(), TypeError, ("int64", "x.float()")),
         ("nan", NAN * real, ValueError, ("non-finite",)),
         ("bits", None, TypeError, ("bits_per_dim needs integers",)),
     ):
@@ -585,6 +597,7 @@ def pixels() -> Iterator[Case]:
         yield Case(f"counts-{name}", call, error, words)
     for levels, error, word in (
         (1, ValueError, "2 or more"),
+        (2**60, ValueError, "2^50"),
         (0, ValueError, "2 or more"),
         (True, TypeError, "integers"),
         (256.0, TypeError, "256.0"),
@@ -614,7 +627,6 @@ def pixels() -> Iterator[Case]:
     logit = cnf.Sigmoid().inverse
     yield Case("logit-above-1", lambda: logit(1.2 * unit), ValueError, ("0 to 1.2", "0 to 1"))
     yield Case("logit-below-0", lambda: logit(unit - 0.5), ValueError, ("-0.5 to 0.5", "0 to 1"))
-    yield Case("logit-nan", lambda: logit(spoilt(NAN)), ValueError, ("non-finite",))
     yield Case("logit-integers", lambda: logit(digits), TypeError, ("int64", "x.float()"))
     yield Case(
         "logit-context", lambda: logit(unit, unit), ValueError, ("context", "Sigmoid takes none")
@@ -633,6 +645,7 @@ def pixels() -> Iterator[Case]:
         ("no-flow", lambda: variational(torch.nn.Linear(4, 4)), TypeError, ("q", "Linear")),
         ("no-context", lambda: variational(cnf.RealNVP(4)), ValueError, ("q", "context=4")),
         ("integers", lambda: variational(pixel_flow()), ValueError, ("q", "integers")),
+        ("size", lambda: variational(cnf.RealNVP(4, context=3)), ValueError, ("3 features", "4")),
         ("columns", lambda: variational(q, (3, 4)), ValueError, ("q", "2 columns")),
         ("real", lambda: variational(q, (3, None, 4, 4)), ValueError, ("None", "Uniform")),
     ):

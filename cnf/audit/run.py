@@ -128,8 +128,9 @@ def _check_arguments(flow: Flow, x: Tensor) -> None:
 def _check_continuous(flow: Flow) -> None:
     if not any(isinstance(module, CNF) for module in flow.modules()):
         raise ValueError(
-            "the flow has no CNF, so no solve to audit; the formulas of discrete layers are not "
-            "checked here: compare their log-determinants with torch.func.jacrev"
+            "the flow has no CNF (that of a dequantization does not count), so no solve to audit; "
+            "the formulas of discrete layers are not checked here: compare their log-determinants "
+            "with torch.func.jacrev"
         )
 
 

@@ -15,7 +15,7 @@ from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
 from cnf.ode.odeint import as_solver
 from cnf.transforms import CNF
-from cnf.transforms.base import add_log_dets
+from cnf.transforms.base import over_samples
 from cnf.transforms.context import expand_context
 
 __all__ = ["Point", "Replay", "Subject"]
@@ -121,7 +121,8 @@ class Subject:
         x = _row(self.x if x is None else x, row)
         context = None if self.context is None else _row(self.context, row)
         z, log_det = self.flow.transform.inverse_and_log_det(x, context, generator=self.generator)
-        return z, add_log_dets(self.flow.base.log_prob(z), log_det)
+        log_det = over_samples(log_det, x.ndim - len(self.flow.event_shape))
+        return z, self.flow.base.log_prob(z) + log_det
 
     def variables(self) -> list[Tensor]:
         """x and the parameters, what gradients are taken in."""

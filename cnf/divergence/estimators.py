@@ -14,6 +14,7 @@ from cnf.divergence.base import BoundField, Estimator
 from cnf.divergence.products import Products, linearised
 from cnf.fields.base import Constants
 from cnf.fields.closed_form import offers
+from cnf.noise import draw
 
 __all__ = ["HutchPlusPlus", "Hutchinson"]
 
@@ -184,12 +185,10 @@ class HutchPlusPlus(Estimator):
 
 def _draw(noise: str, x: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
     """Probes (B, k, *event) with E[e e^T] = I."""
-    device = x.device if generator is None else generator.device
     shape = (x.shape[0], probes, *x.shape[1:])
     if noise == "rademacher":
-        e = torch.randint(0, 2, shape, dtype=x.dtype, device=device, generator=generator)
-        return (2 * e - 1).to(x.device)
-    e = torch.randn(shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+        return 2 * draw(torch.randint, 0, 2, shape, like=x, generator=generator) - 1
+    e = draw(torch.randn, shape, like=x, generator=generator)
     flat = e.reshape(*shape[:2], math.prod(x.shape[1:]))
     return e if noise == "gaussian" else _orthogonal(flat).reshape(shape)
 

@@ -65,7 +65,7 @@ def image_sizes(size: Sequence[int], strides: Sequence[int]) -> list[tuple[int, 
     Raises:
         ValueError: another stride, an odd size at a stride of 2, or another size at the end.
     """
-    if any(isinstance(s, bool) or s not in (1, 2, -2) for s in strides):
+    if any(type(s) is not int or s not in (1, 2, -2) for s in strides):
         raise ValueError(
             f"strides={tuple(strides)!r} must be 1, 2 (halves an image) or -2 (doubles it)"
         )

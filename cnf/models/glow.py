@@ -12,6 +12,7 @@ from cnf.base import Base, base_for
 from cnf.checks import check_count
 from cnf.fields.base import event_shape_of
 from cnf.flow import Flow
+from cnf.models.parts import check_squeezes
 from cnf.transforms import (
     ActNorm,
     Compose,
@@ -98,12 +99,7 @@ class Glow(Flow):
             raise ValueError(f"features={features!r} must be the shape of an image (C, H, W)")
         check_count("levels", levels)
         check_count("steps", steps)
-        for name, size in zip(("height", "width"), event_shape[1:], strict=True):
-            if size % 2**levels:
-                raise ValueError(
-                    f"features={event_shape} cannot be squeezed levels={levels} times: {name} "
-                    f"{size} not divisible by {2**levels}; use fewer levels, or pad or crop"
-                )
+        check_squeezes(event_shape, levels, levels)
         stages: list[Transform] = []
         shape = event_shape
         for _ in range(levels):

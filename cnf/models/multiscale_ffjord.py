@@ -15,6 +15,7 @@ from cnf.fields import ConvField
 from cnf.fields.base import event_shape_of
 from cnf.flow import Flow
 from cnf.models.ffjord import cnf_blocks
+from cnf.models.parts import check_squeezes
 from cnf.ode import Solver, TorchDiffEq
 from cnf.transforms import Compose, Multiscale, Squeeze, Transform
 from cnf.transforms.times import Time
@@ -80,7 +81,7 @@ class MultiscaleFFJORD(Flow):
         if levels is None:
             levels = _levels_of(event_shape)
         check_count("levels", levels)
-        _check_squeezes(event_shape, levels)
+        check_squeezes(event_shape, levels, levels - 1)
 
         def cnfs(shape: tuple[int, ...]) -> list[Transform]:
             return cnf_blocks(
@@ -100,8 +101,8 @@ class MultiscaleFFJORD(Flow):
         for _ in range(levels - 1):
             squeeze = Squeeze(shape)
             stages.insert(0, Compose(*cnfs(squeeze.base_shape), squeeze, *cnfs(shape)))
-            channels, *size = squeeze.base_shape
-            shape = (channels // 2, *size)
+            channels, height, width = squeeze.base_shape
+            shape = (channels // 2, height, width)
         stages.insert(0, Compose(*cnfs(shape)))
         super().__init__(base_for(event_shape, base), Multiscale(*stages))
 
@@ -113,13 +114,3 @@ def _levels_of(shape: tuple[int, ...]) -> int:
     while side >= 8 and side % 2 == 0 and other % 2 == 0:
         side, other, levels = side // 2, other // 2, levels + 1
     return levels
-
-
-def _check_squeezes(shape: tuple[int, ...], levels: int) -> None:
-    """Refuse a shape that cannot be squeezed between all levels."""
-    for name, size in zip(("height", "width"), shape[1:], strict=True):
-        if size % 2 ** (levels - 1):
-            raise ValueError(
-                f"features={shape} cannot be squeezed between levels={levels} scales: {name} {size} "
-                f"not divisible by {2 ** (levels - 1)}; use fewer levels, or pad or crop"
-            )

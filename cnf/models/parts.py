@@ -7,7 +7,7 @@ import torch
 from cnf.checks import check_choice
 from cnf.transforms import Compose, Conv1x1, Inverse, LULinear, Permutation, Transform
 
-__all__ = ["MIXINGS", "mixed", "mixing_layer", "stack"]
+__all__ = ["MIXINGS", "check_squeezes", "mixed", "mixing_layer", "stack"]
 
 MIXINGS = ("none", "reverse", "random", "lu")
 """What may stand between layers."""
@@ -59,3 +59,19 @@ def mixed(
 def stack(layers: list[list[Transform]]) -> Compose:
     """All of them in a row, base to data."""
     return Compose(*(transform for layer in layers for transform in layer))
+
+
+def check_squeezes(shape: tuple[int, ...], levels: int, squeezes: int) -> None:
+    """Refuse an image (C, H, W) that cannot be squeezed so often.
+
+    Raises:
+        ValueError: a height or width that is not divisible by 2^squeezes.
+    """
+    for name, size in zip(("height", "width"), shape[1:], strict=True):
+        for done in range(squeezes):
+            if size >> done & 1:
+                raise ValueError(
+                    f"features={shape} cannot be squeezed {squeezes} times, as levels={levels} "
+                    f"asks: {name} {size} not divisible by {2 ** (done + 1)}; use fewer levels, or "
+                    "pad or crop"
+                )

@@ -20,7 +20,6 @@ __all__ = [
     "Compose",
     "Inverse",
     "Transform",
-    "add_log_dets",
     "check_choices",
     "check_no_context",
     "check_ranks",
@@ -73,15 +72,6 @@ def check_real(name: str, transform: Transform, remedy: str) -> None:
         )
 
 
-def add_log_dets(first: Tensor, second: Tensor) -> Tensor:
-    """The sum of two log-determinants or densities, (*batch,) each.
-
-    One that is given for every number, (*batch, *event), is summed over samples first.
-    """
-    n = min(first.ndim, second.ndim)
-    return over_samples(first, n) + over_samples(second, n)
-
-
 def over_samples(values: Tensor, batch_dims: int) -> Tensor:
     """The sum over all dimensions behind the first few, where there are any."""
     return values.flatten(batch_dims).sum(-1) if values.ndim > batch_dims else values
@@ -110,15 +100,20 @@ class Transform(nn.Module, ABC):
         event_dims: number of dimensions of a sample, where it is fixed without its shape being so.
         takes_context: whether it can be given context. Containers hand context to the transforms
             that take it, and leave it out for the others.
-        quantized: whether its data samples are integers, in some columns at least, see
-            `UniformDequantization`.
+        levels: where data samples are integers, how many values they have, see
+            `UniformDequantization`; else None.
     """
 
     event_shape: tuple[int, ...] | None = None
     base_shape: tuple[int, ...] | None = None
     event_dims: int | None = None
     takes_context: bool = True
-    quantized: bool = False
+    levels: int | tuple[int | None, ...] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether data samples are integers, in some columns at least."""
+        return self.levels is not None
 
     @abstractmethod
     def forward_and_log_det(
@@ -189,9 +184,9 @@ class Compose(Transform):
         return any(transform.takes_context for transform in self)
 
     @property
-    def quantized(self) -> bool:  # type: ignore[override]
-        """Whether the last of them has integers as data samples."""
-        return self[-1].quantized
+    def levels(self) -> int | tuple[int | None, ...] | None:  # type: ignore[override]
+        """Those of the last of them."""
+        return self[-1].levels
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)  # type: ignore[arg-type]
@@ -207,10 +202,12 @@ class Compose(Transform):
     ) -> tuple[Tensor, Tensor]:
         """x = f(z) and the sum of the log-determinants."""
         (first, own), *rest = self._with_context(context)
+        n = self._batch_dims(z, self.base_shape or self.event_shape)
         x, log_det = first.forward_and_log_det(z, own, **choices)
+        log_det = over_samples(log_det, n)
         for transform, own in rest:
             x, more = transform.forward_and_log_det(x, own, **choices)
-            log_det = add_log_dets(log_det, more)
+            log_det = log_det + over_samples(more, n)
         return x, log_det
 
     def inverse_and_log_det(
@@ -218,10 +215,12 @@ class Compose(Transform):
     ) -> tuple[Tensor, Tensor]:
         """z = f^-1(x) and the sum of the log-determinants."""
         *rest, (last, own) = self._with_context(context)
+        n = self._batch_dims(x, self.event_shape or self.base_shape)
         z, log_det = last.inverse_and_log_det(x, own, **choices)
+        log_det = over_samples(log_det, n)
         for transform, own in reversed(rest):
             z, more = transform.inverse_and_log_det(z, own, **choices)
-            log_det = add_log_dets(log_det, more)
+            log_det = log_det + over_samples(more, n)
         return z, log_det
 
     def forward(
@@ -239,6 +238,11 @@ class Compose(Transform):
         for transform, own in reversed(self._with_context(context)):
             x = transform.inverse(x, own, **choices)
         return x
+
+    def _batch_dims(self, x: Tensor, event_shape: tuple[int, ...] | None) -> int:
+        """How many dimensions of x are the batch's: all, where samples may have any shape."""
+        dims = self.event_dims if event_shape is None else len(event_shape)
+        return x.ndim - (dims or 0)
 
     def _with_context(self, context: Tensor | None) -> list[tuple[Transform, Tensor | None]]:
         """Each transform and the context for it."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cnf.checks import tracing
+from cnf.noise import draw
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.transforms.base import (
     Choices,
@@ -39,27 +41,21 @@ if TYPE_CHECKING:
 
 __all__ = ["UniformDequantization", "VariationalDequantization"]
 
+LARGEST = 2**50  # number of levels, which leaves float64 a digit for the noise
+
 
 class _Dequantization(Transform):
     """Integers x at the data side, numbers y = (x + u) / L at the other."""
 
-    quantized = True
-    scale: Tensor
-    real: Tensor | None
+    levels: int | tuple[int | None, ...]
+    like: Tensor
 
     def __init__(self, levels: int | Sequence[int | None]) -> None:
         super().__init__()
         self.levels = _check_levels(levels)
-        each = (self.levels,) if isinstance(self.levels, int) else self.levels
-        self.most = max(n for n in each if n is not None)
-        scale = torch.tensor([float(n or 1) for n in each])
-        if isinstance(self.levels, int):
-            scale = scale.squeeze()
-        else:
-            self.event_shape = self.base_shape = (len(each),)
-        self.register_buffer("scale", scale, persistent=False)  # levels say it; dtype and device
-        real = torch.tensor([n is None for n in each])
-        self.register_buffer("real", real if real.any() else None, persistent=False)
+        if isinstance(self.levels, tuple):
+            self.event_shape = self.base_shape = (len(self.levels),)
+        self.register_buffer("like", torch.zeros(()), persistent=False)  # dtype and device
 
     def extra_repr(self) -> str:
         """The levels."""
@@ -68,32 +64,43 @@ class _Dequantization(Transform):
     def forward(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> Tensor:
-        """The integers x of numbers (*batch, *event), those outside [0, 1) to the nearest level."""
+        """The integers x of numbers (*batch, *event), those outside [0, 1) to the nearest level.
+
+        Raises:
+            ValueError: numbers that are not finite, for which there are no integers.
+        """
         check_choices(choices)
         check_floating(z)
-        x = torch.minimum((z * self.scale).floor().clamp_min(0), self.scale - 1)
-        if self.real is not None:
-            return torch.where(self.real, z, x)
-        return x.to(torch.uint8 if self.most <= 256 else torch.int64)
+        self._check_digits()
+        scale, real = self._scale(), self._real()
+        x = torch.minimum((z * scale).floor().clamp_min(0), scale - 1)
+        if real is not None:
+            return torch.where(real, z, x)
+        if not tracing() and (lost := int(z.isnan().sum())):
+            raise ValueError(
+                f"{lost} of {z.numel()} numbers to be made integers are NaN: the flow has "
+                "diverged; look at its weights, or at the on_failure of its solver"
+            )
+        return x.to(torch.uint8 if self._most <= 256 else torch.int64)
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """y = (x + u) / L for a draw of u, and -log L - log q(u | x)."""
         check_choices(choices)
-        x = self._as_numbers(x)
+        x, scale = self._as_numbers(x), self._scale()
         u, log_q = self._noise(x, context, choices)
-        y, log_scale = (x + u) / self.scale, self.scale.log().expand_as(x)
-        return y, -(over_samples(log_scale, log_q.ndim) + log_q)
+        log_scale = over_samples(scale.log().expand_as(x), log_q.ndim)
+        return (x + u) / scale, -(log_scale + log_q)
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """The integers x, and log L + log q(u | x) of the u that z has above them."""
-        x = self.forward(z, context, **choices)
+        x, scale = self.forward(z, context, **choices), self._scale()
         numbers = x.to(z.dtype)
-        log_q = self._log_noise(z * self.scale - numbers, numbers, context, choices)
-        return x, over_samples(self.scale.log().expand_as(z), log_q.ndim) + log_q
+        log_q = self._log_noise(z * scale - numbers, numbers, context, choices)
+        return x, over_samples(scale.log().expand_as(z), log_q.ndim) + log_q
 
     @abstractmethod
     def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
@@ -103,69 +110,100 @@ class _Dequantization(Transform):
     def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
         """log q(u | x)."""
 
+    def _scale(self) -> Tensor:
+        """L (), or of each column (D,), 1 for real ones."""
+        if isinstance(self.levels, int):
+            return self.like.new_full((), self.levels)
+        return self.like.new_tensor([n or 1 for n in self.levels])
+
+    def _real(self) -> Tensor | None:
+        """Which columns are real (D,), None for none of them."""
+        if isinstance(self.levels, int) or None not in self.levels:
+            return None
+        return torch.tensor([n is None for n in self.levels], device=self.like.device)
+
+    @property
+    def _most(self) -> int:
+        """The largest L."""
+        each = (self.levels,) if isinstance(self.levels, int) else self.levels
+        return max(n for n in each if n is not None)
+
     @property
     def _noise_bits(self) -> int:
         """So many binary digits of u survive that x + u and (x + u) / L are rounded."""
-        digits = -round(math.log2(torch.finfo(self.scale.dtype).eps))
-        return digits - math.ceil(math.log2(self.most)) - 1
+        digits = -round(math.log2(torch.finfo(self.like.dtype).eps))
+        return digits - math.ceil(math.log2(self._most)) - 1
+
+    def _check_digits(self) -> None:
+        """Refuse a dtype that cannot hold integers with noise."""
+        if self.like.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the flow is {self.like.dtype}, expected float32 or float64; use flow.float()"
+            )
+        if self._noise_bits < 1:
+            raise ValueError(
+                f"levels={self.levels} are too many for {self.like.dtype}, which has no digits "
+                "left for the noise; use flow.double()"
+            )
 
     def _as_numbers(self, x: Tensor) -> Tensor:
         """Integers x (*batch, *event) as floating-point numbers, checked."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
-        if self.scale.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the flow is {self.scale.dtype}, expected float32 or float64; use flow.float()"
-            )
-        if self._noise_bits < 1:
-            raise ValueError(
-                f"levels={self.levels} are too many for {self.scale.dtype}, which has no digits "
-                "left for the noise; use flow.double()"
-            )
-        if self.real is not None:
+        self._check_digits()
+        real = self._real()
+        floating = x.is_floating_point() or x.is_complex()
+        if floating != (real is not None):
+            raise TypeError(self._refusal(x, f"{str(x.dtype).removeprefix('torch.')} with "))
+        if real is not None:
             check_floating(x)
             check_like(x, self)
-        elif x.is_floating_point() or x.is_complex():
-            raise TypeError(self._refusal(x, f"got {str(x.dtype).removeprefix('torch.')} with"))
-        elif x.device != self.scale.device:
+        elif x.device != self.like.device:
             raise ValueError(
-                f"x is on {x.device} but the flow is on {self.scale.device}; use "
-                f"x.to({str(self.scale.device)!r})"
+                f"x is on {x.device} but the flow is on {self.like.device}; use "
+                f"x.to({str(self.like.device)!r})"
             )
         if self.event_shape is not None:
             check_shape(x, self.event_shape)
-        self._check_values(x)
-        return x.to(self.scale.dtype)
+        if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can but convert
+            x = x.long()
+        self._check_values(x, real)
+        return x.to(self.like.dtype)
 
-    def _check_values(self, x: Tensor) -> None:
+    def _check_values(self, x: Tensor, real: Tensor | None) -> None:
         """Refuse what is not one of the levels."""
         if tracing() or not x.numel() or (x.dtype == torch.uint8 and self.levels == 256):
             return
-        if x.is_floating_point():
+        wrong = (x < 0) | (x >= self._scale())
+        if real is not None:
             check_finite(x, x.ndim - 1)
-        wrong = (x < 0) | (x >= self.scale)
-        if self.real is not None:
-            wrong = (wrong | (x != x.floor())) & ~self.real
+            wrong = (wrong | (x != x.floor())) & ~real
         if wrong.any():
-            raise ValueError(self._refusal(x, "got"))
+            raise ValueError(self._refusal(x))
 
-    def _refusal(self, x: Tensor, got: str) -> str:
+    def _refusal(self, x: Tensor, kind: str = "") -> str:
         """What is expected of x, and what it is."""
+        real = self._real()
         if isinstance(self.levels, int):
             expected = f"integers from 0 to {self.levels - 1}"
         else:
             expected = f"whole numbers from 0 to one less than levels={self.levels}"
-        if self.real is not None:
-            expected += " (None: any number),"
-            x = x[..., ~self.real]
-        if not x.numel():
-            return f"x must hold {expected}, {got} no values; use x.to(torch.uint8)"
-        low, high = (v.item() for v in (x.detach().min(), x.detach().max()))
-        text = f"x must hold {expected}, {got} values from {low:.6g} to {high:.6g}"
-        if x.is_floating_point() and self.real is None:
-            once = f"({self.most - 1} * x)" if low >= 0 and high <= 1 else "x"
-            return f"{text}; use {once}.round().to(torch.uint8)"
-        return f"{text}; shift them to begin at 0, and choose levels= to cover them"
+        if real is not None:
+            expected += " (None: any number; all as floats)"
+            x = x[..., ~real] if x.shape[-1:] == real.shape else x
+        seen = f"got {kind}values {_range_of(x)}"
+        if real is not None and not x.is_floating_point():
+            return f"x must hold {expected}, {seen}; use x.float()"
+        if kind:
+            unit = x.is_floating_point() and bool(((x >= 0) & (x <= 1)).all())
+            whole = f"({self._most - 1} * x)" if unit else "x"
+            return f"x must hold {expected}, {seen}; use {whole}.round().to(torch.uint8)"
+        if x.is_floating_point() and (x != x.floor()).any():
+            return f"x must hold {expected}, {seen}, with fractions; name its real columns by None"
+        return (
+            f"x must hold {expected}, {seen}; shift them to begin at 0, and choose levels= to "
+            "cover them"
+        )
 
 
 class UniformDequantization(_Dequantization):
@@ -211,13 +249,12 @@ class UniformDequantization(_Dequantization):
 
     def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
         check_no_context(self, context)
-        generator = choices.get("generator")
-        device = x.device if generator is None else generator.device
-        u = torch.rand(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+        u = draw(torch.rand, x.shape, like=x, generator=choices.get("generator"))
         steps = 2**self._noise_bits
         u = ((u * steps).floor() + 0.5) / steps  # the middles of equal parts
-        if self.real is not None:
-            u = u.masked_fill(self.real, 0.0)
+        real = self._real()
+        if real is not None:
+            u = u.masked_fill(real, 0.0)
         return u, self._log_noise(u, x, context, choices)
 
     def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
@@ -240,7 +277,7 @@ class VariationalDequantization(_Dequantization):
     Args:
         q: a flow of the shape of x, given context of as many features as x has dimensions, x scaled
             to (-1, 1) and flattened. For images give its networks `context_shape=` (`ConvNet`,
-            `ConvField`), by which they see it as an image.
+            `ConvField`), by which they see it as an image; they take no other context beside it.
         levels: L, the number of values of each dimension, see `UniformDequantization`; no column
             may be None.
         context: number of context features of the whole flow that q is given behind x.
@@ -276,8 +313,8 @@ class VariationalDequantization(_Dequantization):
     ) -> None:
         super().__init__(levels)
         check_context_size(context)
-        self.event_shape = self.base_shape = _check_noise_flow(q, self.event_shape)
-        if self.real is not None:
+        self.event_shape = self.base_shape = _check_noise_flow(q, self.event_shape, context)
+        if self._real() is not None:
             raise ValueError(
                 f"levels={self.levels} has None for columns of real numbers, which take no noise; "
                 "use UniformDequantization"
@@ -295,13 +332,18 @@ class VariationalDequantization(_Dequantization):
         start = self.q.base.rsample(tuple(given.shape[:-1]), choices.get("generator"))
         v, log_det = self.q.transform.forward_and_log_det(start, given, **choices)
         u = self._edge + (1 - 2 * self._edge) * torch.special.ndtr(v)
-        return u, self.q.base.log_prob(start) - log_det - self._log_slope(v)
+        return u, self._log_density(start, -log_det) - self._log_slope(v)
 
     def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
         part = ((u - self._edge) / (1 - 2 * self._edge)).clamp(self._edge, 1 - self._edge)
         v = torch.special.ndtri(part)
         start, log_det = self.q.transform.inverse_and_log_det(v, self._given(x, context), **choices)
-        return self.q.base.log_prob(start) + log_det - self._log_slope(v)
+        return self._log_density(start, log_det) - self._log_slope(v)
+
+    def _log_density(self, start: Tensor, log_det: Tensor) -> Tensor:
+        """log q(v | x) (*batch,)."""
+        log_prob: Tensor = self.q.base.log_prob(start)
+        return log_prob + over_samples(log_det, log_prob.ndim)
 
     @property
     def _edge(self) -> float:
@@ -316,7 +358,7 @@ class VariationalDequantization(_Dequantization):
     def _given(self, x: Tensor, context: Tensor | None) -> Tensor:
         """What q is given (*batch, D + C): x, scaled and flattened, and context."""
         batch = x.shape[: x.ndim - len(self.event_shape)]
-        image = ((2 * x + 1) / self.scale - 1).reshape(*batch, -1)
+        image = ((2 * x + 1) / self._scale() - 1).reshape(*batch, math.prod(self.event_shape))
         if not self.context:
             check_no_context(self, context)
             return image
@@ -333,32 +375,50 @@ class VariationalDequantization(_Dequantization):
         return torch.cat((image, expand_context(context, batch)), -1)
 
 
+def _range_of(x: Tensor) -> str:
+    """From the least to the largest of its values that are numbers."""
+    known = x.detach()
+    if x.is_complex() or not x.numel():
+        return "that are complex" if x.is_complex() else "of an empty tensor"
+    if x.is_floating_point():
+        known = known[~known.isnan()]
+        if not known.numel():
+            return "NaN"
+    low, high = known.min().item(), known.max().item()
+    return f"from {low:.6g} to {high:.6g}" if x.is_floating_point() else f"from {low} to {high}"
+
+
 def _check_levels(levels: int | Sequence[int | None]) -> int | tuple[int | None, ...]:
     """A number of levels, or one for each column, None for a real one.
 
     Raises:
         TypeError: of another kind.
-        ValueError: below 2, or no number at all.
+        ValueError: below 2, above what float64 can hold with noise, or no number at all.
     """
-    one = isinstance(levels, int)
-    if not one and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+    if isinstance(levels, Integral):
+        return _check_level(levels, levels)
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
         raise TypeError(
             f"levels={levels!r} must be an integer, such as 256, or one for each column of a table"
         )
-    each = (levels,) if isinstance(levels, int) else tuple(levels)
-    for n in each:
-        if n is None and not one:
-            continue
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"levels={levels!r} must be integers, such as 256")
-        if n < 2:
-            raise ValueError(f"levels={levels!r} must be 2 or more: values from 0 to levels - 1")
+    each = tuple(None if n is None else _check_level(n, levels) for n in levels)
     if all(n is None for n in each):
         raise ValueError(f"levels={levels!r} names no column of integers")
-    return levels if isinstance(levels, int) else each
+    return each
 
 
-def _check_noise_flow(q: Flow, expected: tuple[int, ...] | None) -> tuple[int, ...]:
+def _check_level(n: object, levels: object) -> int:
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        raise TypeError(f"levels={levels!r} must be integers, such as 256")
+    if not 2 <= int(n) <= LARGEST:
+        raise ValueError(
+            f"levels={levels!r} must be 2 or more, for values from 0 to levels - 1, and at most "
+            "2^50"
+        )
+    return int(n)
+
+
+def _check_noise_flow(q: Flow, expected: tuple[int, ...] | None, context: int) -> tuple[int, ...]:
     """The event shape of q, which must be a flow of real numbers given context."""
     transform = getattr(q, "transform", None)
     if not isinstance(q, nn.Module) or not isinstance(transform, Transform):
@@ -371,7 +431,14 @@ def _check_noise_flow(q: Flow, expected: tuple[int, ...] | None) -> tuple[int, .
     if not transform.takes_context:
         raise ValueError(
             f"q takes no context, but its noise depends on x; build it with "
-            f"context={math.prod(shape)}"
+            f"context={math.prod(shape) + context}"
+        )
+    given = math.prod(shape) + context
+    sizes = {getattr(part, "context", 0) for part in transform.modules()} - {0}
+    if sizes and all(isinstance(n, int) for n in sizes) and given not in sizes:
+        raise ValueError(
+            f"q takes context of {', '.join(map(str, sizes))} features, but is given {given}: the "
+            f"{math.prod(shape)} of x and context={context}; build it with context={given}"
         )
     if expected is not None and expected != shape:
         raise ValueError(

@@ -275,7 +275,8 @@ class Diagonal(DiscreteTransform):
         """
         check_event(x, self.event_shape)
         check_like(x, self)
-        std, mean = torch.std_mean(x.reshape(-1, *self.event_shape), 0, correction=0)
+        x = x.reshape(-1, *self.event_shape)
+        std, mean = torch.std_mean(x, 0, correction=0) if len(x) else (x.sum(0), x.sum(0))
         if not bool(((std > 0) & std.isfinite() & mean.isfinite()).all()):
             raise ValueError(
                 f"x of shape {tuple(x.shape)} has dimensions that are constant or not finite, or "

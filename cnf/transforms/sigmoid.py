@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnf.checks import check_number, tracing
-from cnf.ode.inputs import check_finite, check_floating
+from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ class Sigmoid(Transform):
 
     def _check_inside(self, x: Tensor, s: Tensor, rest: Tensor) -> None:
         """Refuse what has no logit."""
-        if tracing() or not x.numel() or bool((torch.minimum(s, rest) > 0).all()):
+        if tracing() or not bool((torch.minimum(s, rest) <= 0).any()):  # NaN stays NaN
             return
-        check_finite(x, 0)
-        low, high = x.detach().min().item(), x.detach().max().item()
+        known = x.detach().nan_to_num(0.0)
+        low, high = known.min().item(), known.max().item()
         raise ValueError(
             f"x has values from {low:.6g} to {high:.6g}, expected 0 to 1: the logit of others "
             "is not finite; scale x, for pixels by UniformDequantization"

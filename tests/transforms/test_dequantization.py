@@ -274,7 +274,9 @@ def test_both_directions_belong_together(kind) -> None:
     torch.testing.assert_close(minus, -log_det, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.uint32, torch.int64]
+)
 def test_any_integers_give_the_same_draw(dtype) -> None:
     flow = pixels(randomised(cnf.RealNVP(3)), cnf.Sigmoid(), UniformDequantization(100))
     x = torch.randint(100, (4, 2, 3), generator=torch.Generator().manual_seed(0))
@@ -370,6 +372,10 @@ def test_as_a_distribution() -> None:
     x = d.sample((50,))
     assert not d.has_rsample
     assert d.support.check(x).all()
+    assert not d.support.check(x + 4).any()
+    table = cnf.Flow(cnf.StandardNormal(2), UniformDequantization((4, None))).distribution()
+    rows = torch.tensor([[1.0, -2.5], [4.0, 0.0], [0.5, 0.0]])
+    assert table.support.check(rows).tolist() == [True, False, False]
     assert d.log_prob(x).shape == (50,)
     assert torch.distributions.kl_divergence(d, d).isfinite()
     with pytest.raises(TypeError, match="no gradient"):
@@ -380,7 +386,97 @@ def test_log_prob_compiles() -> None:
     flow = pixels(randomised(cnf.RealNVP(4)), cnf.Sigmoid(), UniformDequantization(17))
     x = torch.randint(17, (6, 4))
     compiled = torch.compile(flow.log_prob, backend="aot_eager")
-    torch.manual_seed(0)
-    truth = flow.log_prob(x)
-    torch.manual_seed(0)
-    torch.testing.assert_close(compiled(x), truth)
+    for rows in (x, x[:4], x[:5]):  # another size makes shapes symbolic
+        torch.manual_seed(0)
+        truth = flow.log_prob(rows)
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(rows), truth)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "coupling", "ode"])
+@pytest.mark.parametrize("batch", [(0,), (0, 2), (2, 0)], ids=str)
+def test_empty_batches(kind, batch) -> None:
+    q = cnf.RealNVP(4, context=4) if kind == "coupling" else cnf.FFJORD(4, (8,), context=4)
+    end = UniformDequantization(17) if kind == "uniform" else VariationalDequantization(q, 17)
+    flow = pixels(cnf.RealNVP(4), cnf.Sigmoid(), end)
+    x = torch.zeros(*batch, 4, dtype=torch.uint8)
+    assert flow.log_prob(x).shape == batch
+    bits, stderr = flow.bits_per_dim(x, samples=2, return_stderr=True)
+    assert bits.shape == stderr.shape == batch
+    assert flow.sample(batch).shape == x.shape
+
+
+def test_built_on_meta_and_materialised_it_knows_its_levels() -> None:
+    with torch.device("meta"):
+        flow = cnf.Flow(cnf.StandardNormal(3), UniformDequantization((3, None, 9)))
+    flow = flow.to_empty(device="cpu")
+    assert torch.equal(flow.transform.forward(torch.ones(1, 3)), torch.tensor([[2.0, 1.0, 8.0]]))
+
+
+def test_levels_beyond_float32_work_in_float64() -> None:
+    levels = 2**24 + 1
+    end = UniformDequantization(levels).double()
+    x = torch.tensor([0, levels - 2, levels - 1]).repeat(1000)
+    y, _ = end.inverse_and_log_det(x)
+    assert torch.equal(end.forward(y), x)
+
+
+def test_levels_may_be_numpys() -> None:
+    assert UniformDequantization(np.int64(17)).levels == 17
+    assert UniformDequantization([np.uint8(17), None]).levels == (17, None)
+
+
+def test_a_failed_q_gives_nan_where_its_solver_says_so() -> None:
+    def spoilt(t, x, context):
+        return torch.where(context[:, :1] > 0, math.nan, 0.0) - x
+
+    solver = cnf.Solver("rk4", steps=4, on_failure="nan")
+    q = cnf.Flow(cnf.StandardNormal(2), cnf.CNF(spoilt, "exact", solver))
+    end = VariationalDequantization(q, 4)
+    flow = cnf.Flow(cnf.StandardNormal(2), cnf.Compose(cnf.Sigmoid(), end))
+    log_prob = flow.log_prob(torch.tensor([[0, 1], [3, 1]]))
+    assert log_prob.isnan().tolist() == [False, True]
+
+
+class PerNumber(cnf.Transform):
+    """x = 2 z, with the log-determinant of each number."""
+
+    def forward_and_log_det(self, z, context=None, **choices):
+        return 2 * z, torch.full_like(z, math.log(2))
+
+    def inverse_and_log_det(self, x, context=None, **choices):
+        return x / 2, torch.full_like(x, -math.log(2))
+
+
+class OneForAll(cnf.Transform):
+    """x = z + 1, with one log-determinant for the whole batch."""
+
+    def forward_and_log_det(self, z, context=None, **choices):
+        return z + 1, z.new_zeros(())
+
+    def inverse_and_log_det(self, x, context=None, **choices):
+        return x - 1, x.new_zeros(())
+
+
+def test_log_dets_are_summed_over_samples_and_never_over_the_batch() -> None:
+    base = cnf.StandardNormal(4)
+    x = torch.randn(5, 4)
+    truth = base.log_prob(x / 2) - 4 * math.log(2)
+    torch.testing.assert_close(cnf.Flow(base, PerNumber()).log_prob(x), truth)
+    shifted = base.log_prob((x - 1) / 2) - 4 * math.log(2)
+    for parts in ([PerNumber(), OneForAll()], [PerNumber(), cnf.Compose(OneForAll())]):
+        torch.testing.assert_close(cnf.Flow(base, cnf.Compose(*parts)).log_prob(x), shifted)
+    mixed = cnf.Compose(cnf.transforms.Diagonal(4), PerNumber(), OneForAll())
+    torch.testing.assert_close(cnf.Flow(base, mixed).log_prob(x), shifted)
+    torch.testing.assert_close(cnf.Flow(base, OneForAll()).log_prob(x), base.log_prob(x - 1))
+
+
+def test_a_q_of_log_dets_per_number() -> None:
+    class Given(PerNumber):
+        takes_context = True
+
+    end = VariationalDequantization(cnf.Flow(cnf.StandardNormal(4), Given()), 17).double()
+    x = torch.randint(17, (4, 4))
+    y, log_det = end.inverse_and_log_det(x)
+    assert log_det.shape == (4,)
+    torch.testing.assert_close(end.forward_and_log_det(y)[1], -log_det)

@@ -292,7 +292,8 @@ def test_a_diagonal_initialised_by_data_standardises_it(context) -> None:
     torch.testing.assert_close(f.forward(z, *given), x)
 
 
-@pytest.mark.parametrize("x", [torch.ones(5, 3), torch.randn(1, 3), torch.randn(5, 2)])
-def test_a_diagonal_refuses_data_without_a_spread(x) -> None:
-    with pytest.raises(ValueError, match="constant|expected"):
+@pytest.mark.parametrize("shape", [(1, 3), (5, 2), (0, 3), ()])
+def test_a_diagonal_refuses_data_without_a_spread(shape) -> None:
+    x = torch.randn(shape) if shape else torch.ones(5, 3)
+    with pytest.raises(ValueError, match=r"constant|expected"):
         Diagonal(3).initialize(x)
