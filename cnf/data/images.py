@@ -58,8 +58,9 @@ class ImageData:
     name: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or self.levels not in range(2, 257):
-            raise ValueError(f"levels={self.levels!r} must be an integer from 2 to 256")
+        levels = self.levels
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
+            raise ValueError(f"levels={levels!r} must be an integer from 2 to 256")
         for part in ("train", "val", "test"):
             images = getattr(self, part)
             if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -129,7 +130,7 @@ def image_data(
     Raises:
         FileNotFoundError: if the files are not there.
         ImportError: if scikit-learn or torchvision is needed and not installed.
-        TypeError: if val is no integer.
+        TypeError: if val or seed is no integer.
         ValueError: if name is not known, folder is missing or not needed, val does not leave images
             for training, or a file is damaged.
 
@@ -140,11 +141,13 @@ def image_data(
     if name == "digits":
         if folder is not None:
             raise ValueError(f"name='digits' needs no folder, got {folder!r}; leave it out")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r} must be an integer, got {type(seed).__name__}")
         images = sklearn_digits()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         test, train = images[order].split([DIGITS_TEST, len(images) - DIGITS_TEST])
         return hold_out(train, test, 200 if val is None else val, 17, name)
-    if not str(name)[:1].isupper():
+    if not isinstance(name, str) or not name[:1].isupper():
         other = ", or a class of torchvision.datasets such as FashionMNIST"
         check_choice("name", name, NAMES, other)
     if folder is None:

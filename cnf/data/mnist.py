@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cnf.data.checksum import check_md5
-from cnf.data.idx import parse_idx, unpack
+from cnf.data.idx import load_idx
 
 __all__ = ["MNIST_ADDRESS", "MNIST_MD5", "read_mnist"]
 
@@ -67,8 +67,7 @@ def find_idx(folder: Path, name: str) -> Path:
 
 def read_images(path: Path, md5: str | None) -> Tensor:
     """Grey images (N, 1, H, W) from an idx file."""
-    data = unpack(path)
-    images = parse_idx(data, str(path))
+    images, data = load_idx(path)
     if images.ndim != 3:
         raise ValueError(
             f"{str(path)!r} has the shape {tuple(images.shape)}, expected images (N, H, W); "

@@ -57,7 +57,7 @@ def random_horizontal_flip(
         The batch (B, C, H, W), some of it mirrored.
 
     Raises:
-        TypeError: if p is no number.
+        TypeError: if p is no number, or images are no tensor.
         ValueError: if p is no probability, or images are no batch of images.
 
     Example:
@@ -67,6 +67,11 @@ def random_horizontal_flip(
     check_number("p", p)
     if not 0 <= p <= 1:
         raise ValueError(f"p={p!r} must be a probability, from 0 to 1")
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor (B, C, H, W), got {type(images).__name__}; "
+            "use torch.as_tensor"
+        )
     if images.ndim != 4:
         raise ValueError(
             f"images must be a batch (B, C, H, W), got {tuple(images.shape)}; "

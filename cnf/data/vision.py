@@ -31,8 +31,8 @@ def torchvision_images(
         name: a class of torchvision.datasets, such as "FashionMNIST", "SVHN" or "CIFAR10".
         folder: the `root` of that class.
         split: "train" or "test", or what else the class knows as its `split`.
-        options: further arguments of the class, such as `download`, `transform` (to resize, say) or
-            `train` beside a `split` of another meaning (EMNIST).
+        options: further arguments of the class, such as `download`, `transform` or
+            `transforms` (to resize, say), or `train` beside a `split` of another meaning (EMNIST).
 
     Returns:
         The images (N, C, H, W), uint8, C = 1 for grey and 3 for colours.
@@ -47,7 +47,7 @@ def torchvision_images(
     size = len(dataset)  # type: ignore[arg-type]  # Dataset leaves it to its subclasses
     if not size:
         raise ValueError(f"{name} in {os.fspath(folder)!r} is empty; expected an image at least")
-    if options.get("transform") is None:
+    if options.get("transform") is None and options.get("transforms") is None:
         ends = (as_pixels(dataset[0], 0), as_pixels(dataset[size - 1], size - 1))
         whole = stored(getattr(dataset, "data", None), size, *ends)
         if whole is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_an_archive_of_which_nothing_is_written(tmp_path, monkeypatch):
     made = batches()
     members = {f"{FOLDER}/{name}": data for name, (data, _) in made.items()}
     # What must be passed over: files of the same names elsewhere, and others
-    elsewhere = {f"../{FOLDER}/{NAMES[0]}": b"evil", NAMES[1]: b"evil", f"{FOLDER}/readme": b"hi"}
+    elsewhere = {f"../{FOLDER}/{NAMES[0]}": b"evil", f"x/{NAMES[1]}": b"evil", "readme": b"hi"}
     path = pack(tmp_path / ARCHIVE, members | elsewhere)
     truth = {name: images for name, (_, images) in made.items()}
     for place in (path, tmp_path):
@@ -77,6 +79,104 @@ def test_an_archive_of_which_nothing_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data_batch_1.bin of .* has 3073 bytes"):
         read_cifar10(path)  # the published archive has more
     check(path, truth, checksum=False)
+
+
+@pytest.mark.parametrize("place", [f"./{FOLDER}/", "", "./", f"{FOLDER}/"])
+def test_an_archive_packed_otherwise(tmp_path, place):
+    made = batches()
+    path = pack(tmp_path / ARCHIVE, {place + name: data for name, (data, _) in made.items()})
+    check(path, {name: images for name, (_, images) in made.items()}, checksum=False)
+
+
+def refused(path: Path, message: str) -> int:
+    """The most memory that is taken until the archive is refused, in bytes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            read_cifar10(path, checksum=False)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def tar_header(
+    name: str, size: int, kind: bytes = tarfile.REGTYPE, sparse: int = 0, more: bool = False
+) -> bytes:
+    """The header of a member, with sizes as they are claimed.
+
+    `sparse` is the one with the holes, of which `more` says that the next block goes on.
+    """
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    head[124:136] = (size % 256**12).to_bytes(12, "big")
+    head[124] |= 0x80
+    if sparse:
+        head[386:410] = b"%011o\0" % 0 * 2
+        head[482:495] = bytes([more, 0x80]) + sparse.to_bytes(11, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            tar_header(NAMES[0], 0, tarfile.GNUTYPE_SPARSE, sparse=2**26 // 3073 * 3073),
+            r"an archive: data_batch_1.bin is packed as a sparse file; get https://",
+        ),
+        (tar_header(NAMES[0], 2**33 // 3073 * 3073) + bytes(3073), "unexpected end of data"),
+        (tar_header(NAMES[0], 2**90), "cannot be read as an archive"),
+        (tar_header("x", 2**33, tarfile.XHDTYPE), "cannot be read as an archive"),
+        (1001 * tar_header("x", 0), "it has more than 1000 members"),
+        (2 * tar_header(NAMES[3], 0), "it has two files data_batch_4.bin"),
+        (tar_header(FOLDER + "/" + NAMES[3], 0) + tar_header(NAMES[3], 0), "it has two files"),
+    ],
+)
+def test_archives_made_to_do_harm(tmp_path, data, message):
+    path = tmp_path / ARCHIVE
+    path.write_bytes(gzip.compress(data + bytes(1024)))
+    assert refused(path, message) < 2**23
+
+
+def test_an_archive_that_ends_in_a_list_of_holes(tmp_path):
+    path = tmp_path / ARCHIVE
+    path.write_bytes(gzip.compress(tar_header("x", 0, tarfile.GNUTYPE_SPARSE, 9, more=True)))
+    with pytest.raises(ValueError, match="cannot be read as an archive"):
+        read_cifar10(path, checksum=False)
+
+
+def test_an_archive_in_a_circle(tmp_path):
+    """The end of the second member is its own beginning; some versions of tarfile stop there."""
+    path = tmp_path / ARCHIVE
+    path.write_bytes(gzip.compress(tar_header("x", 0) + tar_header("x", -512) + bytes(1024)))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"more than 1000 members|lacks"):
+        read_cifar10(path, checksum=False)
+
+
+@pytest.mark.parametrize("members", [1, 4])
+def test_no_more_is_unpacked_than_batches_may_hold(tmp_path, monkeypatch, members):
+    monkeypatch.setattr(cifar, "MOST", 10)
+    path = tmp_path / ARCHIVE
+    head = gzip.compress(tar_header("x", 2**26, tarfile.XHDTYPE))
+    path.write_bytes(head + gzip.compress(bytes(2**26 // members), 1) * members)
+    assert refused(path, r"unpacked, it has more than 1232956 bytes") < 2**23
+
+
+def test_more_images_than_any_file_may_have(tmp_path, monkeypatch):
+    made = batches()
+    path = pack(tmp_path / ARCHIVE, {name: data for name, (data, _) in made.items()})
+    truth = fill(tmp_path)
+    monkeypatch.setattr(cifar, "MOST", 6)
+    for place in (path, tmp_path):
+        check(place, truth, checksum=False)
+    monkeypatch.setattr(cifar, "MOST", 5)
+    message = r"test_batch.bin of .* has 18438 bytes, expected a multiple of 3073 up to 5 x 3073 \("
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match=message) as error:
+            read_cifar10(place, checksum=False)
+        assert "checksum=False" not in str(error.value)  # it is already
 
 
 def test_links_in_an_archive_are_not_followed(tmp_path):

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import math
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,13 @@ def idx(shape: tuple[int, ...], seed: int = 0, kind: int = 8) -> tuple[bytes, to
     """The bytes of a file of random pixels, and the pixels."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (math.prod(shape),), generator=generator, dtype=torch.uint8)
-    header = struct.pack(f">HBB{len(shape)}I", 0, kind, len(shape), *shape)
-    return header + bytes(pixels.tolist()), pixels.reshape(shape)
+    head = struct.pack(f">HBB{len(shape)}I", 0, kind, len(shape), *shape)
+    return head + bytes(pixels.tolist()), pixels.reshape(shape)
+
+
+def header(*shape: int) -> bytes:
+    """How a file of this shape begins."""
+    return struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -32,7 +38,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 300, 5), (2, 3, 4, 5), (0, 28, 28), (1,) * 70])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 300, 5), (2, 3, 4, 5), (0, 28, 28), (3, 0, 2)])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
 @pytest.mark.parametrize("name", ["some-ubyte", "some.gz"])
 def test_what_is_written_comes_back(tmp_path, shape, pack, name):
@@ -63,8 +69,13 @@ GOOD, _ = idx((2, 3))
         (GOOD[:8], "cut off: 8 bytes, but the header alone, of 2 dimensions, has 12"),
         (GOOD[:-1], r"cut off: 17 bytes, expected 18 for the shape \(2, 3\)"),
         (GOOD[:12], "cut off: 12 bytes, expected 18"),
-        (GOOD + b"\0", "too long: 19 bytes, expected 18"),
-        (b"\0\0\x08\x04" + b"\xff" * 16, "cut off: 20 bytes, expected 340282366"),
+        (GOOD + b"\0", r"too long: more bytes, expected 18 for the shape \(2, 3\)"),
+        (gzip.compress(GOOD + b"\0" * 99), "too long: more bytes, expected 18"),
+        (idx((1,) * 5)[0], r"has 5 dimensions, expected 1 to 4: .*labels \(N,\)"),
+        (b"\0\0\x08\xff" + b"\xff" * 1020, "has 255 dimensions, expected 1 to 4"),
+        (header(*[2**32 - 1] * 4), r"the shape \(4294967295, .*, larger than a tensor can be"),
+        # Empty, but with strides
+        (header(0, 2**32 - 1, 2**32 - 1), r"the shape \(0, 4294967295, .*, larger than a tensor"),
         (b"\x1f\x8b", "is gzipped, but damaged: .*; fetch it again"),
         (gzip.compress(GOOD)[:-3], "is gzipped, but damaged"),
         (gzip.compress(GOOD) + b"more", "is gzipped, but damaged"),
@@ -75,6 +86,48 @@ def test_damage_is_named(tmp_path, data, message):
     with pytest.raises(ValueError, match=message) as error:
         read_idx(write(tmp_path / "file", data))
     assert str(tmp_path / "file") in str(error.value)
+
+
+def peak(read, *arguments, message: str, **options) -> int:
+    """The most memory that a refused reading takes, in bytes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            read(*arguments, **options)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_a_false_claim_of_size_takes_no_memory(tmp_path, pack):
+    path = write(tmp_path / "file", pack(header(2**30, 2, 2) + b"few"))
+    message = rf"cut off: 19 bytes, expected {2**32 + 16} "
+    assert peak(read_idx, path, message=message) < 2**23
+
+
+@pytest.mark.parametrize("members", [1, 4])
+def test_a_small_gzip_of_much_is_not_unpacked(tmp_path, members):
+    zeros = bytes(2**26 // members)
+    more = gzip.compress(zeros, 1) * members
+    for first, message in (
+        (b"\0\0", r"no idx file: it begins with the bytes \[00 00 00 00\]"),
+        (header(3, 100, 100), "too long: more bytes, expected 30016"),
+    ):
+        packed = gzip.compress(first) + more
+        assert peak(read_idx, write(tmp_path / "x", packed), message=message) < 2**23
+        write(tmp_path / "train-images-idx3-ubyte.gz", packed)
+        write(tmp_path / "t10k-images-idx3-ubyte.gz", packed)
+        for checksum in (True, False):
+            assert peak(read_mnist, tmp_path, checksum=checksum, message=message) < 2**23
+
+
+def test_a_file_of_several_gzip_members(tmp_path):
+    """Which is a gzip file like others."""
+    data, pixels = idx((20, 30))
+    packed = b"".join(gzip.compress(part) for part in (data[:3], data[3:100], b"", data[100:]))
+    read = read_idx(write(tmp_path / "x.gz", packed), md5=hashlib.md5(data).hexdigest())
+    assert torch.equal(read, pixels)
 
 
 def test_every_flipped_bit_of_a_gzip_is_found_or_harmless(tmp_path):

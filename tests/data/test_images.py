@@ -49,6 +49,13 @@ def test_the_seed_shuffles_the_digits_and_the_test_images_do_not_depend_on_val()
     assert not torch.equal(first.test, other.test)
 
 
+@pytest.mark.parametrize("seed", ["a", 1.0, None, True])
+def test_what_is_no_seed(seed):
+    message = rf"seed={seed!r} must be an integer, got {type(seed).__name__}"
+    with pytest.raises(TypeError, match=message):
+        image_data("digits", seed=seed)
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_the_last_training_images_are_for_validation(monkeypatch, name):
     train, test = counting(5500), counting(20)
@@ -98,6 +105,7 @@ def test_mnist():
         ("minst", None, r"expected one of digits, mnist, cifar10, or .*Did you mean 'mnist'\?"),
         ("", "x", "name='' is not known"),
         (3, "x", "name=3 is not known"),
+        (None, "x", "name=None is not known; expected one of digits, mnist, cifar10, or a class"),
     ],
 )
 def test_names_and_folders(name, folder, message):
@@ -145,7 +153,7 @@ def test_what_is_no_image_data():
     for arguments, kind, message in wrong:
         with pytest.raises(kind, match=message):
             ImageData(*arguments, name="own")
-    for levels in (1, 257, True, 16.5):
+    for levels in (1, 257, True, 16.5, 17.0, "17", None):
         with pytest.raises(ValueError, match=r"levels=.* must be an integer from 2 to 256"):
             ImageData(x, x, x, levels, "own")
     assert ImageData(x, x[:0], x, 3, "own").shape == (1, 1, 2)

@@ -77,3 +77,6 @@ def test_flip_refuses():
         random_horizontal_flip(images, p="0.5")
     with pytest.raises(ValueError, match=r"\(B, C, H, W\), got \(1, 2, 2\); use images.unsqueeze"):
         random_horizontal_flip(images[0])
+    for wrong in ([1], None, images.numpy()):
+        with pytest.raises(TypeError, match=r"\(B, C, H, W\), got \w+; use torch.as_tensor"):
+            random_horizontal_flip(wrong)

@@ -49,6 +49,16 @@ class FashionMNIST(Base):
         made.append(self)
 
 
+class Joint(FashionMNIST):  # transforms of picture and label
+    def __init__(self, root, train=True, transforms=None):
+        super().__init__(root, train)
+        self.transforms = transforms
+
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return self.transforms(*item) if self.transforms else item
+
+
 class CIFAR10(Base):  # channels last
     def __init__(self, root, train=True):
         super().__init__(root, COLOUR["train" if train else "test"])
@@ -143,7 +153,7 @@ def _torchvision(monkeypatch):
     package, datasets = types.ModuleType("torchvision"), types.ModuleType("torchvision.datasets")
     for kind in (FashionMNIST, CIFAR10, SVHN, Listed, Other, Short, CubeFirst, CubeLast, EMNIST):
         setattr(datasets, kind.__name__, kind)
-    for kind in (Reordered, Objects, Flat, Uneven, Deep, Empty, Whole):
+    for kind in (Joint, Reordered, Objects, Flat, Uneven, Deep, Empty, Whole):
         setattr(datasets, kind.__name__, kind)
     datasets.helper, datasets.np = str, np
     package.datasets = datasets
@@ -241,6 +251,20 @@ def test_a_transform_of_some_images_is_applied():
     truth = first_channels(GREY[True]).clone()
     truth[2] = truth[2].flip(-1)
     assert torch.equal(torchvision_images("FashionMNIST", "x", transform=transform), truth)
+
+
+def test_a_joint_transform_is_applied():
+    """transforms=, of picture and label, even where the first and the last picture are spared."""
+    ends = GREY[True][[0, -1]]
+
+    def transforms(image, label):
+        image = np.array(image)
+        return Image.fromarray(image if (image == ends).all((1, 2)).any() else 255 - image), label
+
+    truth = first_channels(GREY[True]).clone()
+    truth[1:-1] = 255 - truth[1:-1]
+    assert torch.equal(torchvision_images("Joint", "x", transforms=transforms), truth)
+    assert torch.equal(torchvision_images("Joint", "x"), first_channels(GREY[True]))
 
 
 def test_missing_files():
