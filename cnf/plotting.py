@@ -1,4 +1,4 @@
-"""Pictures of a flow on the plane: data, samples, density, and the path from base to data.
+"""Pictures of flows: on the plane their samples, density and path; images; how training went.
 
 Needs matplotlib and Pillow: pip install "cnf[examples]". Every function draws on figures of its
 own, without pyplot's global state, and returns the figure; `figure.savefig(path)` writes it.
@@ -6,6 +6,8 @@ own, without pyplot's global state, and returns the figure; `figure.savefig(path
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +30,12 @@ __all__ = [
     "log_density_grid",
     "plot_densities",
     "plot_flow",
+    "plot_images",
     "plot_path",
     "plot_samples",
     "plot_table",
     "plot_trace",
+    "plot_training",
     "truncate",
 ]
 
@@ -250,6 +254,69 @@ def plot_table(data: Tensor, samples: Tensor, *, columns: int = 5) -> Figure:
     return figure
 
 
+def plot_images(
+    images: Mapping[str, Tensor], *, levels: int = 256, columns: int = 8, panels: int = 4
+) -> Figure:
+    """Grids of images side by side.
+
+    Args:
+        images: whole grey levels (N, C, H, W) for each title, C = 1 for grey and 3 for colours.
+        levels: number of grey levels; the highest is white.
+        columns: images in a row of a grid.
+        panels: grids in a row of the figure, at most.
+
+    Raises:
+        ValueError: images of another shape.
+    """
+    from matplotlib.figure import Figure
+
+    grids = {title: _grid(x, columns, levels) for title, x in images.items()}
+    across = min(panels, len(grids))
+    down = -(-len(grids) // across)
+    tallest = max(grid.shape[0] / grid.shape[1] for grid in grids.values())
+    figure = Figure(figsize=(3.4 * across, (3.3 * tallest + 0.4) * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, (title, grid) in zip(axes, grids.items(), strict=False):
+        ax.imshow(grid.numpy(), interpolation="nearest", vmin=0, vmax=1)
+        ax.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_training(logs: Mapping[str, str | Path], *, ylabel: str = "loss") -> Figure:
+    """Loss of batches (thin) and of validation (thick) against seconds, of one run or several.
+
+    Args:
+        logs: the `log.jsonl` that `cnf.training.fit` wrote, for each title.
+        ylabel: what the loss is.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    ax = figure.subplots()
+    seen: list[float] = []
+    for i, (title, path) in enumerate(logs.items()):
+        records = list(map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()))
+        styles: dict[str, dict[str, Any]] = {
+            "loss": {"alpha": 0.4, "linewidth": 1, "label": f"{title}, batches"},
+            "val_loss": {"marker": ".", "label": f"{title}, validation"},
+        }
+        for kind, style in styles.items():
+            points = [(r["elapsed"], r[kind]) for r in records if r.get(kind) is not None]
+            if points:
+                times, losses = zip(*points, strict=True)
+                ax.plot(times, losses, color=f"C{i}", **style)
+                seen.extend(sorted(losses)[: math.ceil(0.95 * len(losses))])
+    if seen:  # the first steps may be far above all others
+        margin = 0.05 * (max(seen) - min(seen)) or 0.1
+        ax.set_ylim(min(seen) - margin, max(seen) + margin)
+    ax.set(xlabel="seconds of training", ylabel=ylabel)
+    ax.grid(visible=True, alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure
+
+
 def path_density(flow: Flow, fraction: float, extent: Extent, size: int, like: Tensor) -> Tensor:
     """The density (size, size) at a fraction of the path."""
     part = truncate(flow, fraction)
@@ -265,6 +332,23 @@ def square_around(data: Tensor) -> Extent:
     x, y = centre.tolist()
     h = half.item()
     return (x - h, x + h, y - h, y + h)
+
+
+def _grid(images: Tensor, columns: int, levels: int) -> Tensor:
+    """One image (height, width, 3) of images (N, C, H, W), in rows, with lines between them."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(
+            f"images must be (N, C, H, W), C being 1 or 3, got {tuple(images.shape)}; for a single "
+            "one use image.unsqueeze(0)"
+        )
+    count, _, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    grid = torch.full((3, rows * (height + 1) + 1, columns * (width + 1) + 1), 0.5)
+    for i, image in enumerate(images.cpu() / (levels - 1)):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        grid[:, top : top + height, left : left + width] = image
+    return grid.permute(1, 2, 0)
 
 
 def _steps(flow: Flow, frames: int) -> list[tuple[float, str]]:

@@ -7,20 +7,22 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from models import FIELDS, MODELS, OPTIONAL, flow_solver
-from torch import Tensor, nn
+from models import FIELDS, MODELS, Model, flow_solver, optional
+from torch import Tensor
 
 import cnf
 from cnf.data import ImageDensity, PlaneDensity, toy
 from cnf.ode import METHODS
 from cnf.training import FitResult, fit, load_weights
 
-UNRELATED = {"out", "resume", "test_size", "threads", "models", "columns"}  # to the training
+UNRELATED = frozenset(  # to the training
+    "out resume test_size threads models columns data_dir draws probes".split()  # noqa: SIM905
+)
 PLANE: dict[str, Any] = {"batch_size": 512, "ema_decay": 0.99}
 TABLE: dict[str, Any] = {
     "steps": 2000,
@@ -33,8 +35,10 @@ ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
 REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
 
 
-def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The flags of every example; `defaults` are those of one."""
+def parser(
+    description: str, *, fields: Sequence[str] = tuple(FIELDS), **defaults: Any
+) -> argparse.ArgumentParser:
+    """The flags of every example; `fields` are those to choose from, `defaults` those of one."""
     p = argparse.ArgumentParser(
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -43,7 +47,8 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, help="samples a step")
     p.add_argument("--lr", type=float, help="highest learning rate of Adam")
     p.add_argument("--hidden", type=int, nargs="+", help="widths of a network's hidden layers")
-    p.add_argument("--field", choices=FIELDS, default="mlp", help="network of the vector field")
+    if fields:
+        p.add_argument("--field", choices=fields, default="mlp", help="network of the vector field")
     p.add_argument("--blocks", type=int, default=1, help="CNF blocks, one after the other")
     p.add_argument(
         "--trace",
@@ -112,12 +117,14 @@ def parse(flags: argparse.ArgumentParser, defaults: dict[str, Any]) -> argparse.
     return complete(args, args.model, defaults)
 
 
-def refuse_idle(flags: argparse.ArgumentParser, models: Sequence[str]) -> None:
+def refuse_idle(
+    flags: argparse.ArgumentParser, models: Sequence[str], known: Mapping[str, Model] = MODELS
+) -> None:
     """Refuse a flag of the command line, even at its default, that none of the models takes."""
     blank = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args())))
     given = {k for k, v in vars(flags.parse_args(namespace=blank)).items() if v is not None}
-    for name in sorted(given & OPTIONAL):
-        takers = [model for model in MODELS if name in MODELS[model].takes]
+    for name in sorted(given & optional(known)):
+        takers = [model for model in known if name in known[model].takes]
         if not set(takers) & set(models):
             raise ValueError(
                 f"--{name.replace('_', '-')} has no effect on {', '.join(models)}; leave it out, "
@@ -125,9 +132,14 @@ def refuse_idle(flags: argparse.ArgumentParser, models: Sequence[str]) -> None:
             )
 
 
-def complete(args: argparse.Namespace, model: str, defaults: dict[str, Any]) -> argparse.Namespace:
+def complete(
+    args: argparse.Namespace,
+    model: str,
+    defaults: dict[str, Any],
+    known: Mapping[str, Model] = MODELS,
+) -> argparse.Namespace:
     """The flags for one model: those left open are `defaults`, else the model's own."""
-    own = {**MODELS[model].defaults, **defaults}
+    own = {**known[model].defaults, **defaults}
     filled = {k: own[k] for k, v in vars(args).items() if v is None and k in own}
     return argparse.Namespace(**{**vars(args), **filled, "model": model})
 
@@ -153,18 +165,36 @@ def train(
     validate_every: int = 250,
 ) -> tuple[cnf.Flow, FitResult]:
     """Train the flow that the flags describe; return it with its best averaged weights."""
+    prepare(args)
+    flow = MODELS[args.model].build(args, val.shape[-1])
+
+    def validate(averaged: cnf.Flow) -> float:
+        return -score(averaged, val, flow_solver(args)).log_prob.mean().item()
+
+    choices: dict[str, Any] = {"patience": patience, "validate_every": validate_every}
+    objective = cnf.MaximumLikelihood(flow)
+    return train_flow(args, objective, data, out, validate, clip_grad_norm=10.0, **choices)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """What is to be done before a flow is built."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = MODELS[args.model]
-    flow = model.build(args, val.shape[-1])
-    objective = cnf.MaximumLikelihood(flow)
+
+
+def train_flow(
+    args: argparse.Namespace,
+    objective: cnf.MaximumLikelihood,
+    data: Tensor | Callable[[int, torch.Generator], Tensor],
+    out: Path,
+    validate: Callable[[cnf.Flow], float],
+    known: Mapping[str, Model] = MODELS,
+    **options: Any,
+) -> tuple[cnf.Flow, FitResult]:
+    """Train that flow, by the flags; return it with its best averaged weights."""
+    flow = objective.flow
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
-    device = device_of(args.device)
-    unread = UNRELATED | OPTIONAL.difference(model.takes)
-
-    def validate(averaged: nn.Module) -> float:
-        return -score(averaged.flow, val, flow_solver(args)).log_prob.mean().item()
-
+    unread = UNRELATED | optional(known).difference(known[args.model].takes)
     result = fit(
         objective,
         data,
@@ -172,17 +202,15 @@ def train(
         batch_size=args.batch_size,
         optimizer=optimizer,
         scheduler=schedule(optimizer, args.steps),
-        clip_grad_norm=10.0,
         ema_decay=args.ema_decay,
-        validate=validate,
-        validate_every=validate_every,
-        patience=patience,
+        validate=lambda averaged: validate(averaged.flow),
         max_time=args.max_time,
         out=out,
         resume=args.resume,
         config={k: v for k, v in vars(args).items() if k not in unread},
         seed=args.seed,
-        device=device,
+        device=device_of(args.device),
+        **options,
     )
     if result.signal is not None:
         print(f"Stopped at step {result.step}, saved in {out}. Go on with --resume.")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import cnf
+from cnf.transforms import ConvNet
 
 FIELDS = {
     "mlp": cnf.MLPField,
@@ -25,13 +28,13 @@ class Model:
     """How one of the models is built and trained.
 
     Attributes:
-        build: from the flags and the number of dimensions to the flow.
+        build: from the flags and the number of dimensions, or an image's shape, to the flow.
         takes: the flags that it takes and not every other model does.
         defaults: the flags that neither the user nor the script gives: what fits 8gaussians in
             about a minute on one core.
     """
 
-    build: Callable[[argparse.Namespace, int], cnf.Flow]
+    build: Callable[[argparse.Namespace, Any], cnf.Flow]
     takes: frozenset[str]
     defaults: dict[str, Any]
 
@@ -103,5 +106,55 @@ MODELS = {
     "radial": formulas(cnf.RadialFlow, 32),
     "sylvester": formulas(cnf.SylvesterFlow, 8),
 }
-OPTIONAL = frozenset[str]().union(*(model.takes for model in MODELS.values()))
-"""The flags that only some models take."""
+
+
+def multiscale(args: argparse.Namespace, shape: tuple[int, ...]) -> cnf.MultiscaleFFJORD:
+    """The continuous flow of images that the flags describe."""
+    return cnf.MultiscaleFFJORD(
+        shape,
+        args.hidden,
+        levels=args.levels,
+        blocks=args.blocks,
+        divergence=None if args.trace == "auto" else args.trace,
+        solver=flow_solver(args),
+    )
+
+
+def glow(args: argparse.Namespace, shape: tuple[int, ...]) -> cnf.Glow:
+    """Glow of images."""
+    levels = {} if args.levels is None else {"levels": args.levels}
+    return cnf.Glow(shape, steps=args.layers, hidden=args.hidden, **levels)
+
+
+def image_realnvp(args: argparse.Namespace, shape: tuple[int, ...]) -> cnf.RealNVP:
+    """RealNVP of images, of one scale."""
+    return cnf.RealNVP(shape, layers=args.layers, hidden=args.hidden)
+
+
+def noise_flow(shape: tuple[int, ...]) -> cnf.RealNVP:
+    """A flow of the noise between grey levels, given the image."""
+    network = partial(ConvNet, hidden=(32, 32), context_shape=shape)
+    return cnf.RealNVP(shape, layers=4, context=math.prod(shape), conditioner=network)
+
+
+IMAGE_MODELS = {
+    "ffjord": Model(
+        multiscale, CONTINUOUS - {"field"} | {"levels", "probes"}, {"lr": 1e-3, "hidden": [64, 64]}
+    ),
+    "glow": Model(
+        glow,
+        frozenset({"layers", "hidden", "levels"}),
+        {"lr": 2e-3, "hidden": [64, 64], "layers": 8},
+    ),
+    "realnvp": Model(
+        image_realnvp,
+        frozenset({"layers", "hidden"}),
+        {"lr": 2e-3, "hidden": [64, 64], "layers": 8},
+    ),
+}
+"""The flows of images, by the flag that chooses them."""
+
+
+def optional(models: Mapping[str, Model]) -> frozenset[str]:
+    """The flags that only some of the models take."""
+    return frozenset[str]().union(*(model.takes for model in models.values()))

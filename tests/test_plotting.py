@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,9 +14,11 @@ from cnf.plotting import (
     log_density_grid,
     plot_densities,
     plot_flow,
+    plot_images,
     plot_path,
     plot_samples,
     plot_table,
+    plot_training,
     truncate,
 )
 from cnf.transforms import CNF, Compose, Diagonal
@@ -166,3 +169,46 @@ def test_the_animation_has_its_frames_and_moves(tmp_path):
         first = image.convert("L").tobytes()
         image.seek(3)
         assert image.convert("L").tobytes() != first
+
+
+def test_images_stand_in_grids_each_in_its_place():
+    grey = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 3)
+    colours = torch.zeros(2, 3, 2, 3, dtype=torch.uint8)
+    colours[1, 2] = 4
+    figure = plot_images({"grey": grey, "colours": colours}, levels=5, columns=2)
+    assert [ax.get_title() for ax in figure.axes] == ["grey", "colours"]
+    first, second = (ax.images[0].get_array() for ax in figure.axes)
+    assert first.shape == (3 * 3 + 1, 2 * 4 + 1, 3)  # two in a row, lines around each
+    for k in range(5):
+        row, column = divmod(k, 2)
+        place = first[3 * row + 1 : 3 * row + 3, 4 * column + 1 : 4 * column + 4]
+        assert (place == k / 4).all(), k
+    assert (first[7:9, 5:8] == 0.5).all(), "there is no sixth"
+    assert second[1:3, 5:8].reshape(-1, 3).tolist() == [[0, 0, 1]] * 6
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 2, 8, 8), (0, 1, 8, 8)])
+def test_what_are_no_images_is_refused(shape):
+    with pytest.raises(ValueError, match=r"images must be \(N, C, H, W\)"):
+        plot_images({"data": torch.zeros(shape, dtype=torch.uint8)})
+
+
+def test_training_is_drawn_from_logs(tmp_path):
+    for name, factor in (("one", 1.0), ("two", 2.0)):
+        lines = [{"step": i, "loss": factor * (1 + 1 / i), "elapsed": i} for i in range(1, 60)]
+        lines.insert(30, {"step": 30, "val_loss": 1.5 * factor, "elapsed": 30})
+        lines.append({"step": 60, "loss": None, "elapsed": 60})  # was not finite
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    figure = plot_training({n: tmp_path / n for n in ("one", "two")}, ylabel="bits/dim")
+    (ax,) = figure.axes
+    drawn = {line.get_label(): line for line in ax.lines}
+    assert list(drawn) == [f"{n}, {k}" for n in ("one", "two") for k in ("batches", "validation")]
+    assert drawn["two, batches"].get_xdata()[0] == 1
+    assert drawn["two, batches"].get_ydata()[1] == 3
+    assert len(drawn["two, batches"].get_ydata()) == 59
+    assert drawn["one, validation"].get_xydata().tolist() == [[30, 1.5]]
+    low, high = ax.get_ylim()
+    assert low < 1 + 1 / 59
+    assert high < 4, "the first losses are far above the others"
+    assert ax.get_ylabel() == "bits/dim"

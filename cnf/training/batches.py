@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "DrawnBatches", "ShuffledRows", "make_batches"]
+__all__ = ["AugmentedBatches", "Batches", "DrawnBatches", "ShuffledRows", "make_batches"]
+
+Draw = Callable[[int, torch.Generator], Tensor]
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Batches(Protocol):
@@ -21,6 +24,8 @@ class Batches(Protocol):
 
     All randomness of a source comes from a generator of its own.
     """
+
+    generator: torch.Generator
 
     def next(self) -> Tensor:
         """The next batch."""
@@ -91,9 +96,7 @@ class ShuffledRows:
 class DrawnBatches:
     """Batches that a function draws: `draw(batch_size, generator)` returns (batch_size, *event)."""
 
-    def __init__(
-        self, draw: Callable[[int, torch.Generator], Tensor], *, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, draw: Draw, *, batch_size: int, seed: int) -> None:
         self.draw = draw
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -125,20 +128,66 @@ class DrawnBatches:
         return {"train": "function", "batch_size": self.batch_size}
 
 
+class AugmentedBatches:
+    """Batches of another source, changed by a function: `augment(batch, generator)` -> batch.
+
+    The generator is that of the source, so that its state belongs to the checkpoint.
+    """
+
+    def __init__(self, batches: Batches, augment: Augment) -> None:
+        self.batches = batches
+        self.augment = augment
+        self.generator = batches.generator
+
+    def next(self) -> Tensor:
+        """The next batch, changed, (B, *event)."""
+        batch = self.batches.next()
+        changed = self.augment(batch, self.generator)
+        if not isinstance(changed, Tensor):
+            raise TypeError(
+                f"augment(batch, generator) must return a Tensor, got {type(changed).__name__}"
+            )
+        if changed.shape[:1] != batch.shape[:1]:
+            raise ValueError(
+                f"augment(batch, generator) must return {len(batch)} rows, as it was given, "
+                f"got shape {tuple(changed.shape)}"
+            )
+        return changed
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the source."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.batches.load_state_dict(state)
+
+    def describe(self) -> dict[str, Any]:
+        """What the source says, and that it is changed."""
+        return {**self.batches.describe(), "augment": "function"}
+
+
 def make_batches(
-    train: Tensor | Callable[[int, torch.Generator], Tensor], *, batch_size: int, seed: int
+    train: Tensor | Draw, *, batch_size: int, seed: int, augment: Augment | None = None
 ) -> Batches:
     """Batches of `train`, be it data (a tensor) or a source of samples (a function)."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if augment is not None and not callable(augment):
+        raise TypeError(
+            f"augment must be a function (batch, generator) -> batch, got {type(augment).__name__}"
+        )
+    batches: Batches
     if isinstance(train, Tensor):
-        return ShuffledRows(train, batch_size=batch_size, seed=seed)
-    if callable(train):
-        return DrawnBatches(train, batch_size=batch_size, seed=seed)
-    raise TypeError(
-        "train must be a Tensor of rows or a function (batch_size, generator) -> Tensor, "
-        f"got {type(train).__name__}"
-    )
+        batches = ShuffledRows(train, batch_size=batch_size, seed=seed)
+    elif callable(train):
+        batches = DrawnBatches(train, batch_size=batch_size, seed=seed)
+    else:
+        raise TypeError(
+            "train must be a Tensor of rows or a function (batch_size, generator) -> Tensor, "
+            f"got {type(train).__name__}"
+        )
+    return AugmentedBatches(batches, augment) if augment is not None else batches
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -34,6 +34,7 @@ def fit(
     *,
     steps: int,
     batch_size: int,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     optimizer: Optimizer | None = None,
     scheduler: LRScheduler | None = None,
     clip_grad_norm: float | None = None,
@@ -70,6 +71,9 @@ def fit(
             `(batch_size, generator) -> (batch_size, *event)`.
         steps: Optimiser steps, those before a resume included.
         batch_size: Rows of a batch; at most N are used.
+        augment: Changes every batch, `(batch, generator) -> batch`, as does
+            `cnf.data.random_horizontal_flip`. All its randomness must come from the generator,
+            which is that of the batches, on the CPU.
         optimizer: Adam with learning rate 1e-3 by default.
         scheduler: Stepped after every step.
         clip_grad_norm: Largest norm of the gradient.
@@ -108,7 +112,7 @@ def fit(
     """
     _check_counts(steps=steps, validate_every=validate_every, log_every=log_every)
     _check_choices(validate, patience=patience, clip_grad_norm=clip_grad_norm, scheduler=scheduler)
-    batches = make_batches(train, batch_size=batch_size, seed=seed)
+    batches = make_batches(train, batch_size=batch_size, seed=seed, augment=augment)
     parameters = _parameters(objective, optimizer)
     objective.to(device or parameters[0].device).train()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=1e-3)

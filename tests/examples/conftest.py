@@ -29,5 +29,5 @@ def run_here(monkeypatch, capsys):
 
     yield run
     torch.set_num_threads(threads)
-    for name in ("common", "models"):  # bench and tests may have some of that name
+    for name in ("common", "models", "images"):  # bench and tests may have some of that name
         sys.modules.pop(name, None)

@@ -25,6 +25,30 @@ def test_the_loss_is_the_mean_negative_log_likelihood(conditional: bool) -> None
     assert torch.equal(loss, -flow.log_prob(*batch, generator=seeded()).mean())
 
 
+@pytest.mark.parametrize("conditional", [True, False], ids=["context", "no-context"])
+def test_the_loss_in_bits_for_each_dimension(conditional: bool) -> None:
+    flow = cnf.RealNVP((2, 4, 4), hidden=(4,), context=3 if conditional else 0)
+    batch = (torch.randn(16, 2, 4, 4), *([torch.randn(16, 3)] if conditional else []))
+    loss = cnf.MaximumLikelihood(flow, unit="bits_per_dim")(*batch)
+    torch.testing.assert_close(loss, -flow.log_prob(*batch).mean() / 32 / math.log(2))
+
+
+def test_the_loss_of_integers_is_their_codelength() -> None:
+    """Of uniform integers, that of their number of levels."""
+    ends = cnf.Sigmoid(), cnf.UniformDequantization(8)
+    flow = cnf.Flow(cnf.StandardNormal(3, 5), cnf.Compose(*ends))
+    objective = cnf.MaximumLikelihood(flow, unit="bits_per_dim")
+    x = torch.randint(8, (1000, 3, 5))
+    loss = objective(x, generator=seeded())
+    assert torch.equal(loss, flow.bits_per_dim(x, generator=seeded()).mean())
+    assert 3 < loss < 4
+
+
+def test_an_unknown_unit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unit='bits' is not known; .*bits_per_dim"):
+        cnf.MaximumLikelihood(cnf.FFJORD(2), unit="bits")
+
+
 def test_choices_reach_the_flow() -> None:
     flow = cnf.FFJORD(2, divergence="hutchinson")
     objective, x = cnf.MaximumLikelihood(flow), torch.randn(16, 2)

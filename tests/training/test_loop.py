@@ -84,6 +84,42 @@ def test_gradient_descent_in_closed_form(tmp_path: Path) -> None:
     }
 
 
+def test_every_batch_is_augmented() -> None:
+    """By twice its own, the data are twos; the center goes there as to any data."""
+    objective, seen = Quadratic(), []
+
+    def double(batch: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append((tuple(batch.shape), generator.initial_seed()))
+        return 2 * batch
+
+    quick(objective, augment=double, seed=5)
+    assert torch.allclose(objective.center, torch.full((2,), 2 * (1 - 0.9**20)))
+    assert seen == [((5, 2), 5)] * 20
+
+
+@pytest.mark.parametrize(
+    ("augment", "error", "words"),
+    [
+        (lambda batch, generator: batch[1:], ValueError, "must return 5 rows.*got shape .4, 2."),
+        (lambda batch, generator: None, TypeError, "must return a Tensor, got NoneType"),
+        ("flip", TypeError, "augment must be a function .* got str"),
+    ],
+)
+def test_an_augmentation_that_is_none_is_refused(
+    augment: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        quick(Quadratic(), augment=augment)
+
+
+def test_drawn_batches_are_augmented_too() -> None:
+    def draw(size: int, generator: torch.Generator) -> Tensor:
+        return torch.ones(size, 2)
+
+    batches = make_batches(draw, batch_size=3, seed=0, augment=lambda batch, _: -batch)
+    assert batches.next().equal(-torch.ones(3, 2))
+
+
 def test_clipping() -> None:
     objective = Quadratic()
     quick(objective, steps=3, clip_grad_norm=0.5)

@@ -62,6 +62,25 @@ def test_resumed_run_is_bitwise_equal(whole: Path, tmp_path: Path, steps: int) -
     assert same(expected, resumed)
 
 
+def jitter(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows with noise, from the generator alone."""
+    return batch + 0.1 * torch.randn(batch.shape, generator=generator)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 25])
+def test_resumed_run_has_the_same_augmented_batches(tmp_path: Path, steps: int) -> None:
+    whole, cut, plain = (tmp_path / name for name in ("whole", "cut", "plain"))
+    noisy_run(whole, steps=40, seed=1, augment=jitter)
+    noisy_run(cut, steps=steps, seed=1, augment=jitter)
+    noisy_run(cut, steps=40, seed=99, augment=jitter, resume=True)
+    noisy_run(plain, steps=40, seed=1)
+    weights = [state_of(folder)["model"] for folder in (whole, cut, plain)]
+    assert same(weights[0], weights[1])
+    assert not same(weights[0], weights[2])
+    with pytest.raises(CheckpointError, match="augment: 'function' in the checkpoint, 'absent'"):
+        noisy_run(cut, steps=50, seed=1, resume=True)
+
+
 def start(
     out: Path, *, pause: float, resume: str = "start", seed: int = 1
 ) -> subprocess.Popen[str]:

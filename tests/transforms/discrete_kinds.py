@@ -365,7 +365,16 @@ MODELS = [
     model("radial", 3, cnf.RadialFlow, layers=2, context=2),
     model("sylvester", 3, cnf.SylvesterFlow, layers=2),
     model("glow", (1, 4, 4), cnf.Glow, levels=2, steps=1, **SMOOTH, prepare=initialised),
-    model("glow-of-colours", (3, 4, 4), cnf.Glow, levels=2, steps=1, **SMOOTH, prepare=initialised),
+    model(
+        "glow-colours",
+        (3, 4, 4),
+        cnf.Glow,
+        levels=2,
+        steps=1,
+        **SMOOTH,
+        prepare=initialised,
+        spread=0.5,
+    ),
 ]
 
 KINDS = [
