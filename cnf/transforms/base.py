@@ -202,8 +202,8 @@ class Compose(Transform):
     ) -> tuple[Tensor, Tensor]:
         """x = f(z) and the sum of the log-determinants."""
         (first, own), *rest = self._with_context(context)
-        n = self._batch_dims(z, self.base_shape or self.event_shape)
         x, log_det = first.forward_and_log_det(z, own, **choices)
+        n = self._batch_dims(z, self.base_shape or self.event_shape)
         log_det = over_samples(log_det, n)
         for transform, own in rest:
             x, more = transform.forward_and_log_det(x, own, **choices)
@@ -215,8 +215,8 @@ class Compose(Transform):
     ) -> tuple[Tensor, Tensor]:
         """z = f^-1(x) and the sum of the log-determinants."""
         *rest, (last, own) = self._with_context(context)
-        n = self._batch_dims(x, self.event_shape or self.base_shape)
         z, log_det = last.inverse_and_log_det(x, own, **choices)
+        n = self._batch_dims(x, self.event_shape or self.base_shape)
         log_det = over_samples(log_det, n)
         for transform, own in reversed(rest):
             z, more = transform.inverse_and_log_det(z, own, **choices)

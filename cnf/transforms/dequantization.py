@@ -76,7 +76,7 @@ class _Dequantization(Transform):
         x = torch.minimum((z * scale).floor().clamp_min(0), scale - 1)
         if real is not None:
             return torch.where(real, z, x)
-        if not tracing() and (lost := int(z.isnan().sum())):
+        if not (z.is_meta or tracing()) and (lost := int(z.isnan().sum())):
             raise ValueError(
                 f"{lost} of {z.numel()} numbers to be made integers are NaN: the flow has "
                 "diverged; look at its weights, or at the on_failure of its solver"
@@ -172,7 +172,12 @@ class _Dequantization(Transform):
 
     def _check_values(self, x: Tensor, real: Tensor | None) -> None:
         """Refuse what is not one of the levels."""
-        if tracing() or not x.numel() or (x.dtype == torch.uint8 and self.levels == 256):
+        if (
+            x.is_meta
+            or tracing()
+            or not x.numel()
+            or (x.dtype == torch.uint8 and self.levels == 256)
+        ):
             return
         wrong = (x < 0) | (x >= self._scale())
         if real is not None:

@@ -93,7 +93,7 @@ class Sigmoid(Transform):
 
     def _check_inside(self, x: Tensor, s: Tensor, rest: Tensor) -> None:
         """Refuse what has no logit."""
-        if tracing() or not bool((torch.minimum(s, rest) <= 0).any()):  # NaN stays NaN
+        if x.is_meta or tracing() or not bool((torch.minimum(s, rest) <= 0).any()):  # NaN stays NaN
             return
         known = x.detach().nan_to_num(0.0)
         low, high = known.min().item(), known.max().item()
