@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,8 @@ from cnf.transforms import Compose, Multiscale, Squeeze, Transform
 from cnf.transforms.times import Time
 
 __all__ = ["MultiscaleFFJORD"]
+
+FFJORDS_FIELD = partial(ConvField, time="concat")
 
 
 class MultiscaleFFJORD(Flow):
@@ -41,10 +44,11 @@ class MultiscaleFFJORD(Flow):
         divergence: "exact", "hutchinson", or a `Divergence`; None for the exact one where the field
             has a closed form, and Hutchinson's elsewhere.
         solver: the choices of each solve; None for `Solver()`.
-        field: what makes a field, called as field(shape, hidden, context=..., **options).
+        field: what makes a field, called as field(shape, hidden, context=..., **options); the
+            default is `ConvField` with time="concat", FFJORD's layers.
         base: base density; None for the standard normal.
         times: (base, data) times of each CNF; an `nn.Parameter` () is learned, by each for itself.
-        options: passed to `field`, such as activation="softplus", time="concat".
+        options: passed to `field`, such as activation="softplus", time="concatsquash".
 
     Raises:
         TypeError: an argument of a wrong kind.
@@ -70,7 +74,7 @@ class MultiscaleFFJORD(Flow):
         context: int = 0,
         divergence: str | Divergence | None = None,
         solver: Solver | TorchDiffEq | None = None,
-        field: Callable[..., nn.Module] = ConvField,
+        field: Callable[..., nn.Module] = FFJORDS_FIELD,
         base: Base | Distribution | None = None,
         times: tuple[Time, Time] = (0.0, 1.0),
         **options: Any,

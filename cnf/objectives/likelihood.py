@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cnf.checks import check_choice
+from cnf.checks import check_choice, tracing
 from cnf.flow import Flow
+from cnf.warn import warn
 
 __all__ = ["MaximumLikelihood"]
 
@@ -25,6 +26,9 @@ class MaximumLikelihood(nn.Module):
         unit: "nats", or "bits_per_dim", in which image models are compared: of a flow of integers
             a bound of their codelength, see `Flow.bits_per_dim`. The gradient is scaled with the
             loss, and so must be a limit of its norm.
+
+    Warns:
+        RuntimeWarning: a mean log-probability of integers above 0, which is the solver's error.
 
     Raises:
         TypeError: not a Flow.
@@ -58,6 +62,12 @@ class MaximumLikelihood(nn.Module):
             choices: `divergence=`, `solver=`, `generator=` for this call.
         """
         nats = -self.flow.log_prob(x, context, **choices).mean()
+        if self.flow.transform.quantized and not tracing() and nats.detach() < 0:
+            warn(
+                f"the mean log-probability of a batch of integers is {-nats.item():.4g} nats, and "
+                "none is above 0: the steps of the solver are too coarse for what the field has "
+                "become; use an adaptive method, tighter tolerances or more steps"
+            )
         if self.unit == "nats":
             return nats
         return nats / (math.prod(self.flow.event_shape) * math.log(2))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cnf
+from cnf.fields.conv_time import Concat
 from cnf.transforms import CNF, Squeeze
 
 
@@ -44,7 +45,7 @@ def test_the_scales_are_those_of_the_paper(shape, levels, scales) -> None:
     assert flow.event_shape == flow.base.event_shape == shape
 
 
-@pytest.mark.parametrize("options", [{}, {"time": "concat"}, {"time": "concatsquash"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"time": "film"}, {"time": "concatsquash"}], ids=str)
 def test_the_exact_trace_agrees_with_64_probes(options) -> None:
     torch.manual_seed(0)
     flow = randomised(cnf.MultiscaleFFJORD((1, 8, 8), (8, 8), blocks=1, **options))
@@ -80,6 +81,7 @@ def test_arguments_reach_every_block() -> None:
         assert block.divergence == cnf.Hutchinson()  # three hidden layers
         assert block.field.context == 2
         assert isinstance(block.field.activations[0], torch.nn.Softplus)
+        assert isinstance(block.field.modulation, Concat)
     c = torch.randn(5, 2)
     assert flow.sample((), c).shape == (5, 1, 4, 4)
     with pytest.raises(ValueError, match="context is missing"):
