@@ -85,6 +85,7 @@ def plot_flow(
         size: points of the density along each axis.
         generator: source of randomness.
     """
+    _check_real("plot_flow", flow)
     extent = square_around(data)
     model = log_density_grid(
         lambda x: flow.log_prob(x, divergence="exact"), extent, size, like=data
@@ -112,6 +113,7 @@ def plot_path(flow: Flow, data: Tensor, *, frames: int = 6, size: int = 80) -> F
         frames: pictures in the strip, two or more; a flow of fewer layers has fewer.
         size: points along each axis.
     """
+    _check_real("plot_path", flow)
     steps = _steps(flow, frames)
     extent = square_around(data)
     figure, axes = _panels(len(steps))
@@ -144,6 +146,7 @@ def animate_path(
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
+    _check_real("animate_path", flow)
     steps = _steps(flow, frames)
     extent = square_around(data)
     with torch.no_grad():
@@ -332,6 +335,15 @@ def square_around(data: Tensor) -> Extent:
     x, y = centre.tolist()
     h = half.item()
     return (x - h, x + h, y - h, y + h)
+
+
+def _check_real(name: str, flow: Flow) -> None:
+    """Refuse a flow of integers, which have no density on the plane."""
+    if flow.transform.quantized:
+        raise TypeError(
+            f"{name} draws densities of real numbers, and this flow is of integers; use "
+            "plot_images for its samples"
+        )
 
 
 def _grid(images: Tensor, columns: int, levels: int) -> Tensor:

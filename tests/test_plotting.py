@@ -212,3 +212,10 @@ def test_training_is_drawn_from_logs(tmp_path):
     assert low < 1 + 1 / 59
     assert high < 4, "the first losses are far above the others"
     assert ax.get_ylabel() == "bits/dim"
+
+
+@pytest.mark.parametrize("draw", [plot_flow, plot_path])
+def test_a_flow_of_integers_has_no_density_to_draw(draw) -> None:
+    flow = cnf.Flow(cnf.StandardNormal(2), cnf.UniformDequantization(17))
+    with pytest.raises(TypeError, match="of integers"):
+        draw(flow, torch.randint(17, (5, 2)))
