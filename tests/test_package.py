@@ -27,11 +27,11 @@ MODULES = ["cnf", *(m.name for m in pkgutil.walk_packages([str(ROOT)], "cnf."))]
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 
-def fresh(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def fresh(code: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter of its own."""
     return subprocess.run(
         [sys.executable, "-W", "error", *flags, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent), **variables},
         capture_output=True,
         text=True,
         check=True,
@@ -85,10 +85,14 @@ def test_import_changes_no_global_state() -> None:
     fresh(STATE)
 
 
-def test_import_is_quick() -> None:
-    """What torch has not already imported costs at most 0.2 s, in the best of three tries."""
+def test_import_is_quick(tmp_path: Path) -> None:
+    """What torch has not already imported costs at most 0.2 s, in the best of three tries.
+
+    Beyond the first, which compiles: users import bytecode.
+    """
     code = "import torch, time; t = time.process_time(); import cnf; print(time.process_time() - t)"
-    assert any(float(fresh(code).stdout) < 0.2 for _ in range(3))
+    cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert any(float(fresh(code, **cached).stdout) < 0.2 for _ in range(4))
 
 
 def test_import_prints_nothing() -> None:

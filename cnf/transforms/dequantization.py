@@ -12,206 +12,25 @@ So the inverse of these transforms draws u, and what stands for its log-determin
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cnf.checks import tracing
 from cnf.noise import draw
-from cnf.ode.inputs import check_finite, check_floating
-from cnf.transforms.base import (
-    Choices,
-    Transform,
-    check_choices,
-    check_no_context,
-    over_samples,
-)
+from cnf.transforms.base import Choices, Transform, check_no_context, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.discrete import check_context_size
-from cnf.transforms.inputs import check_like, check_shape
+from cnf.transforms.quantization import Dequantization
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from cnf.flow import Flow
 
 __all__ = ["UniformDequantization", "VariationalDequantization"]
 
-LARGEST = 2**50  # number of levels, which leaves float64 a digit for the noise
 
-
-class _Dequantization(Transform):
-    """Integers x at the data side, numbers y = (x + u) / L at the other."""
-
-    levels: int | tuple[int | None, ...]
-    like: Tensor
-
-    def __init__(self, levels: int | Sequence[int | None]) -> None:
-        super().__init__()
-        self.levels = _check_levels(levels)
-        if isinstance(self.levels, tuple):
-            self.event_shape = self.base_shape = (len(self.levels),)
-        self.register_buffer("like", torch.zeros(()), persistent=False)  # dtype and device
-
-    def extra_repr(self) -> str:
-        """The levels."""
-        return f"levels={self.levels}"
-
-    def forward(
-        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
-    ) -> Tensor:
-        """The integers x of numbers (*batch, *event), those outside [0, 1) to the nearest level.
-
-        Raises:
-            ValueError: numbers that are not finite, for which there are no integers.
-        """
-        check_choices(choices)
-        check_floating(z)
-        self._check_digits()
-        scale, real = self._scale(), self._real()
-        x = torch.minimum((z * scale).floor().clamp_min(0), scale - 1)
-        if real is not None:
-            return torch.where(real, z, x)
-        if not (z.is_meta or tracing()) and (lost := int(z.isnan().sum())):
-            raise ValueError(
-                f"{lost} of {z.numel()} numbers to be made integers are NaN: the flow has "
-                "diverged; look at its weights, or at the on_failure of its solver"
-            )
-        return x.to(torch.uint8 if self._most <= 256 else torch.int64)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
-    ) -> tuple[Tensor, Tensor]:
-        """y = (x + u) / L for a draw of u, and -log L - log q(u | x)."""
-        check_choices(choices)
-        x, scale = self._as_numbers(x), self._scale()
-        u, log_q = self._noise(x, context, choices)
-        log_scale = over_samples(scale.log().expand_as(x), log_q.ndim)
-        return (x + u) / scale, -(log_scale + log_q)
-
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
-    ) -> tuple[Tensor, Tensor]:
-        """The integers x, and log L + log q(u | x) of the u that z has above them."""
-        x, scale = self.forward(z, context, **choices), self._scale()
-        numbers = x.to(z.dtype)
-        log_q = self._log_noise(z * scale - numbers, numbers, context, choices)
-        return x, over_samples(scale.log().expand_as(z), log_q.ndim) + log_q
-
-    @abstractmethod
-    def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
-        """u (*batch, *event) in the open unit cube, and log q(u | x)."""
-
-    @abstractmethod
-    def _log_noise(self, u: Tensor, x: Tensor, context: Tensor | None, choices: Choices) -> Tensor:
-        """log q(u | x)."""
-
-    def _scale(self) -> Tensor:
-        """L (), or of each column (D,), 1 for real ones."""
-        if isinstance(self.levels, int):
-            return self.like.new_full((), self.levels)
-        return self.like.new_tensor([n or 1 for n in self.levels])
-
-    def _real(self) -> Tensor | None:
-        """Which columns are real (D,), None for none of them."""
-        if isinstance(self.levels, int) or None not in self.levels:
-            return None
-        return torch.tensor([n is None for n in self.levels], device=self.like.device)
-
-    @property
-    def _most(self) -> int:
-        """The largest L."""
-        each = (self.levels,) if isinstance(self.levels, int) else self.levels
-        return max(n for n in each if n is not None)
-
-    @property
-    def _noise_bits(self) -> int:
-        """So many binary digits of u survive that x + u and (x + u) / L are rounded."""
-        digits = -round(math.log2(torch.finfo(self.like.dtype).eps))
-        return digits - math.ceil(math.log2(self._most)) - 1
-
-    def _check_digits(self) -> None:
-        """Refuse a dtype that cannot hold integers with noise."""
-        if self.like.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the flow is {self.like.dtype}, expected float32 or float64; use flow.float()"
-            )
-        if self._noise_bits < 1:
-            raise ValueError(
-                f"levels={self.levels} are too many for {self.like.dtype}, which has no digits "
-                "left for the noise; use flow.double()"
-            )
-
-    def _as_numbers(self, x: Tensor) -> Tensor:
-        """Integers x (*batch, *event) as floating-point numbers, checked."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
-        self._check_digits()
-        real = self._real()
-        floating = x.is_floating_point() or x.is_complex()
-        if floating != (real is not None):
-            raise TypeError(self._refusal(x, f"{str(x.dtype).removeprefix('torch.')} with "))
-        if real is not None:
-            check_floating(x)
-            check_like(x, self)
-        elif x.device != self.like.device:
-            raise ValueError(
-                f"x is on {x.device} but the flow is on {self.like.device}; use "
-                f"x.to({str(self.like.device)!r})"
-            )
-        if self.event_shape is not None:
-            check_shape(x, self.event_shape)
-        if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can but convert
-            x = x.long()
-        self._check_values(x, real)
-        return x.to(self.like.dtype)
-
-    def _check_values(self, x: Tensor, real: Tensor | None) -> None:
-        """Refuse what is not one of the levels."""
-        if (
-            x.is_meta
-            or tracing()
-            or not x.numel()
-            or (x.dtype == torch.uint8 and self.levels == 256)
-        ):
-            return
-        wrong = (x < 0) | (x >= self._scale())
-        if real is not None:
-            check_finite(x, x.ndim - 1)
-            wrong = (wrong | (x != x.floor())) & ~real
-        if wrong.any():
-            raise ValueError(self._refusal(x))
-
-    def _refusal(self, x: Tensor, kind: str = "") -> str:
-        """What is expected of x, and what it is."""
-        real = self._real()
-        if isinstance(self.levels, int):
-            expected = f"integers from 0 to {self.levels - 1}"
-        else:
-            expected = f"whole numbers from 0 to one less than levels={self.levels}"
-        if real is not None:
-            expected += " (None: any number; all as floats)"
-            x = x[..., ~real] if x.shape[-1:] == real.shape else x
-        seen = f"got {kind}values {_range_of(x)}"
-        if real is not None and not x.is_floating_point():
-            return f"x must hold {expected}, {seen}; use x.float()"
-        if kind:
-            unit = x.is_floating_point() and bool(((x >= 0) & (x <= 1)).all())
-            whole = f"({self._most - 1} * x)" if unit else "x"
-            return f"x must hold {expected}, {seen}; use {whole}.round().to(torch.uint8)"
-        if x.is_floating_point() and (x != x.floor()).any():
-            return f"x must hold {expected}, {seen}, with fractions; name its real columns by None"
-        return (
-            f"x must hold {expected}, {seen}; shift them to begin at 0, and choose levels= to "
-            "cover them"
-        )
-
-
-class UniformDequantization(_Dequantization):
+class UniformDequantization(Dequantization):
     """Uniform noise on integers: real numbers in the unit interval, whose density a flow can learn.
 
         inverse: y = (x + u) / L,  u ~ U(0, 1);    forward: x = floor(L y)
@@ -266,7 +85,7 @@ class UniformDequantization(_Dequantization):
         return torch.zeros_like(x) if self.event_shape is None else x.new_zeros(x.shape[:-1])
 
 
-class VariationalDequantization(_Dequantization):
+class VariationalDequantization(Dequantization):
     """Noise on integers from a flow q(u | x) that is learned with the rest.
 
         inverse: y = (x + u) / L,  u = Phi(v),  v ~ q(v | x);    forward: x = floor(L y)
@@ -378,49 +197,6 @@ class VariationalDequantization(_Dequantization):
                 f"context has {context.shape[-1]} features, expected context={self.context}"
             )
         return torch.cat((image, expand_context(context, batch)), -1)
-
-
-def _range_of(x: Tensor) -> str:
-    """From the least to the largest of its values that are numbers."""
-    known = x.detach()
-    if x.is_complex() or not x.numel():
-        return "that are complex" if x.is_complex() else "of an empty tensor"
-    if x.is_floating_point():
-        known = known[~known.isnan()]
-        if not known.numel():
-            return "NaN"
-    low, high = known.min().item(), known.max().item()
-    return f"from {low:.6g} to {high:.6g}" if x.is_floating_point() else f"from {low} to {high}"
-
-
-def _check_levels(levels: int | Sequence[int | None]) -> int | tuple[int | None, ...]:
-    """A number of levels, or one for each column, None for a real one.
-
-    Raises:
-        TypeError: of another kind.
-        ValueError: below 2, above what float64 can hold with noise, or no number at all.
-    """
-    if isinstance(levels, Integral):
-        return _check_level(levels, levels)
-    if isinstance(levels, str) or not isinstance(levels, Sequence):
-        raise TypeError(
-            f"levels={levels!r} must be an integer, such as 256, or one for each column of a table"
-        )
-    each = tuple(None if n is None else _check_level(n, levels) for n in levels)
-    if all(n is None for n in each):
-        raise ValueError(f"levels={levels!r} names no column of integers")
-    return each
-
-
-def _check_level(n: object, levels: object) -> int:
-    if isinstance(n, bool) or not isinstance(n, Integral):
-        raise TypeError(f"levels={levels!r} must be integers, such as 256")
-    if not 2 <= int(n) <= LARGEST:
-        raise ValueError(
-            f"levels={levels!r} must be 2 or more, for values from 0 to levels - 1, and at most "
-            "2^50"
-        )
-    return int(n)
 
 
 def _check_noise_flow(q: Flow, expected: tuple[int, ...] | None, context: int) -> tuple[int, ...]:
