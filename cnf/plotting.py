@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cnf.checks import check_count
 from cnf.flow import Flow
 from cnf.truncation import is_continuous, parts_of, truncate
 
@@ -269,10 +270,19 @@ def plot_images(
         panels: grids in a row of the figure, at most.
 
     Raises:
-        ValueError: images of another shape.
+        TypeError: images that are no tensors by title.
+        ValueError: images of another shape or of other values, none at all, or no columns.
     """
     from matplotlib.figure import Figure
 
+    if not isinstance(images, Mapping):
+        raise TypeError(
+            f"images must be tensors by title, {{'samples': x}}, got a {type(images).__name__}"
+        )
+    if not images:
+        raise ValueError("images is empty; give one grid at least, such as {'samples': x}")
+    check_count("columns", columns)
+    check_count("panels", panels)
     grids = {title: _grid(x, columns, levels) for title, x in images.items()}
     across = min(panels, len(grids))
     down = -(-len(grids) // across)
@@ -348,10 +358,19 @@ def _check_real(name: str, flow: Flow) -> None:
 
 def _grid(images: Tensor, columns: int, levels: int) -> Tensor:
     """One image (height, width, 3) of images (N, C, H, W), in rows, with lines between them."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be tensors, got {type(images).__name__}; use torch.as_tensor")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(
-            f"images must be (N, C, H, W), C being 1 or 3, got {tuple(images.shape)}; for a single "
-            "one use image.unsqueeze(0)"
+            f"images must be (N, C, H, W), N one or more and C 1 or 3, got {tuple(images.shape)}"
+        )
+    images = images.detach()
+    low, high = images.min().item(), images.max().item()
+    whole = not images.is_floating_point() or bool((images == images.round()).all())
+    if not (whole and low >= 0 and high <= levels - 1):
+        raise ValueError(
+            f"images must hold whole grey levels from 0 to levels - 1 = {levels - 1}, got "
+            f"{'' if whole else 'fractions, '}values from {low:.6g} to {high:.6g}"
         )
     count, _, height, width = images.shape
     columns = min(columns, count)

@@ -132,7 +132,7 @@ def main() -> int:
     failed: list[str] = []
     for run in runs:
         run.resume = args.resume and (out / run.model / "last.safetensors").exists()
-        if run.model in found:
+        if run.model in found and not goes_on(found[run.model], run):
             run.max_time = 0.0  # it has had its time
         print(f"{run.model}: up to {run.steps} steps{limit(run)}")
         try:
@@ -147,6 +147,7 @@ def main() -> int:
         found[run.model] = dataclasses.asdict(rows[-1])
         everything = [*map(dataclasses.asdict, baselines), *found.values()]
         (out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    rows += [Row(**row) for name, row in found.items() if name not in args.model]
     report(baselines, rows, failed, data, test, runs[0], out)
     draw(flows, rows, data, test, out)
     return 1 if failed else 0
@@ -357,7 +358,11 @@ def histogram(data: ImageData, test: Tensor) -> Row:
     P(x) = prod_i (n_i(x_i) + 1/2) / (N + L/2)
     """
     train = data.train.flatten(1)
-    counts = torch.stack([(train == k).sum(0) for k in range(data.levels)]).double()  # (L, D)
+    pixels = torch.arange(train.shape[1])
+    counts = torch.zeros(train.shape[1] * data.levels, dtype=torch.long)
+    for part in train.split(2000):
+        counts += (part + data.levels * pixels).flatten().bincount(minlength=len(counts))
+    counts = counts.unflatten(0, (-1, data.levels)).T.double()  # (L, D)
     log_prob = ((counts + 0.5) / (len(train) + data.levels / 2)).log2()
     bits = -log_prob.gather(0, test.flatten(1).long()).mean(1)  # (N,)
     size = counts.shape[1] * (data.levels - 1)
@@ -391,6 +396,11 @@ def gaussian(data: ImageData, test: Tensor, seed: int) -> Row:
     name = "Gaussian, ridge" if failed else "Gaussian"
     found = bits.mean().item(), standard_error(bits)
     return Row(name, *found, None, None, None, size + size * (size + 1) // 2)
+
+
+def goes_on(row: dict[str, Any], run: argparse.Namespace) -> bool:
+    """Whether a run that has ended is to be longer now."""
+    return row["stopped"] == "steps" and row["steps"] < run.steps
 
 
 def limit(run: argparse.Namespace) -> str:

@@ -202,7 +202,7 @@ def contexts() -> Iterator[Case]:
             ValueError,
             ("context of shape (4, 3)", "(5,)", "(*batch, C)"),
         )
-    words = ("context", "torch.float64", "torch.float32", "context.to(x)")
+    words = ("context", "torch.float64", "context.to(torch.float32)")
     yield Case(
         "context-dtype", lambda: asks.log_prob(x, torch.zeros(5, 3).double()), TypeError, words
     )
@@ -620,6 +620,15 @@ def pixels() -> Iterator[Case]:
         yield Case(
             f"alpha-{alpha}", lambda a=alpha: cnf.Sigmoid(a), ValueError, ("alpha=", "0 and 0.5")
         )
+    for columns in ((), (0, 0), (-1,)):
+        yield Case(
+            f"sigmoid-columns-{columns}", lambda c=columns: cnf.Sigmoid(columns=c), ValueError,
+            ("columns=",),
+        )  # fmt: skip
+    yield Case(
+        "sigmoid-columns-beyond", lambda: cnf.Sigmoid(columns=(4,)).forward(points(3, 4)),
+        ValueError, ("(3, 4)", "columns=(4,)"),
+    )  # fmt: skip
     yield Case("alpha-text", lambda: cnf.Sigmoid("0.05"), TypeError, ("alpha=", "str"))
     tiny = ("alpha=1e-09", "too small for float32", "1e-6")
     yield Case("alpha-1e-9", lambda: pixel_flow(alpha=1e-9).log_prob(digits), ValueError, tiny)

@@ -219,3 +219,21 @@ def test_a_flow_of_integers_has_no_density_to_draw(draw) -> None:
     flow = cnf.Flow(cnf.StandardNormal(2), cnf.UniformDequantization(17))
     with pytest.raises(TypeError, match="of integers"):
         draw(flow, torch.randint(17, (5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "words"),
+    [
+        (torch.zeros(2, 1, 3, 3), {}, TypeError, "by title"),
+        ({"x": [[0]]}, {}, TypeError, "must be tensors"),
+        ({}, {}, ValueError, "empty"),
+        ({"x": torch.rand(2, 1, 3, 3)}, {}, ValueError, "fractions"),
+        ({"x": torch.full((2, 1, 3, 3), 9)}, {"levels": 8}, ValueError, "from 0 to"),
+        ({"x": torch.zeros(0, 1, 3, 3)}, {}, ValueError, "N one or more"),
+        ({"x": torch.zeros(2, 2, 3, 3)}, {}, ValueError, "C 1 or 3"),
+        ({"x": torch.zeros(2, 1, 3, 3)}, {"columns": 0}, ValueError, "columns=0"),
+    ],
+)
+def test_what_is_no_image_is_not_drawn(images, options, error, words) -> None:
+    with pytest.raises(error, match=words):
+        plot_images(images, **options)

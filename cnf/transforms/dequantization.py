@@ -43,7 +43,8 @@ class UniformDequantization(Dequantization):
     Args:
         levels: L, the number of values, 0 to L - 1, of each dimension: 256 for pixels, 2^n for n
             bits. For a table, one for each column, and None for a column of real numbers, which
-            stays as it is; with such a column x is of floating point.
+            stays as it is; with such a column x is of floating point, and `Sigmoid(columns=...)`
+            before it is for the others.
 
     Shapes:
         x (*batch, *event) of any integer type, y the same of the flow's dtype. Of one number for

@@ -96,4 +96,7 @@ def check_context_like(context: Tensor, x: Tensor) -> None:
             f"context is on {context.device} but x is on {x.device}; use context.to(x)"
         )
     if context.dtype != x.dtype:
-        raise TypeError(f"context is {context.dtype} but x is {x.dtype}; use context.to(x)")
+        raise TypeError(
+            f"context is {context.dtype} but the flow computes in {x.dtype}; use "
+            f"context.to({x.dtype})"
+        )

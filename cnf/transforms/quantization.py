@@ -15,6 +15,7 @@ from cnf.checks import tracing
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, over_samples
 from cnf.transforms.inputs import check_like, check_shape
+from cnf.warn import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,21 +51,20 @@ class Dequantization(Transform):
     ) -> Tensor:
         """The integers x of numbers (*batch, *event), those outside [0, 1) to the nearest level.
 
+        Warns:
+            RuntimeWarning: numbers far outside, as of a flow without a `Sigmoid`.
+
         Raises:
-            ValueError: numbers that are not finite, for which there are no integers.
+            ValueError: numbers that are NaN, for which there are no integers.
         """
         check_choices(choices)
         check_floating(z)
         self._check_digits()
         scale, real = self._scale(), self._real()
+        self._check_numbers(z, real)
         x = torch.minimum((z * scale).floor().clamp_min(0), scale - 1)
         if real is not None:
             return torch.where(real, z, x)
-        if not (z.is_meta or tracing()) and (lost := int(z.isnan().sum())):
-            raise ValueError(
-                f"{lost} of {z.numel()} numbers to be made integers are NaN: the flow has "
-                "diverged; look at its weights, or at the on_failure of its solver"
-            )
         return x.to(torch.uint8 if self._most <= 256 else torch.int64)
 
     def inverse_and_log_det(
@@ -85,6 +85,22 @@ class Dequantization(Transform):
         numbers = x.to(z.dtype)
         log_q = self._log_noise(z * scale - numbers, numbers, context, choices)
         return x, over_samples(scale.log().expand_as(z), log_q.ndim) + log_q
+
+    def _check_numbers(self, z: Tensor, real: Tensor | None) -> None:
+        """Refuse NaN; warn of what no `Sigmoid` has been through."""
+        if z.is_meta or tracing():
+            return
+        z = z if real is None else z[..., ~real]
+        if real is None and (lost := int(z.isnan().sum())):
+            raise ValueError(
+                f"{lost} of {z.numel()} numbers to be made integers are NaN: the flow has "
+                "diverged; look at its weights, or at the on_failure of its solver"
+            )
+        if far := int(((z < -1) | (z > 2)).sum()):
+            warn(
+                f"{far} of {z.numel()} numbers to be made integers lie far outside of [0, 1), "
+                "where log_prob counts none; put a cnf.Sigmoid() before the dequantization"
+            )
 
     @abstractmethod
     def _noise(self, x: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnf.checks import check_number, tracing
+from cnf.fields.base import check_sizes
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
 
@@ -31,6 +33,8 @@ class Sigmoid(Transform):
 
     Args:
         alpha: between 0 and 0.5; published results have 0.05 for CIFAR-10, 1e-6 for MNIST.
+        columns: which entries of the last dimension it is for, by index; the others, such as the
+            real columns of a table, stay as they are. None for all.
 
     Shapes:
         z, x of any shape. The log-determinant is that of each number, and has the shape of x; a
@@ -38,8 +42,8 @@ class Sigmoid(Transform):
 
     Raises:
         TypeError: x of another dtype than float32 and float64.
-        ValueError: alpha that is not between 0 and 0.5, or lost in the rounding of x; x that is
-            outside of the interval.
+        ValueError: alpha that is not between 0 and 0.5, or lost in the rounding of x; columns that
+            are not different, or beyond x; x that is outside of the interval.
 
     Reference: Dinh et al., arXiv 1605.08803, section 4.1.
 
@@ -51,16 +55,21 @@ class Sigmoid(Transform):
 
     takes_context = False
 
-    def __init__(self, alpha: float = 0.05) -> None:
+    def __init__(self, alpha: float = 0.05, columns: Sequence[int] | None = None) -> None:
         super().__init__()
+        if columns is not None:
+            check_sizes("columns", [n + 1 for n in columns], "indices from 0")
+            if len(set(columns)) < len(columns) or not columns:
+                raise ValueError(f"columns={tuple(columns)!r} must be different, and one at least")
+        self.columns = None if columns is None else tuple(columns)
         check_number("alpha", alpha)
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha={alpha!r} must lie between 0 and 0.5, such as 0.05")
         self.alpha = float(alpha)
 
     def extra_repr(self) -> str:
-        """Alpha."""
-        return f"alpha={self.alpha}"
+        """Alpha, and the columns."""
+        return f"alpha={self.alpha}" + (f", columns={self.columns}" if self.columns else "")
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -68,18 +77,43 @@ class Sigmoid(Transform):
         """x in the unit interval and log dx/dz, of every number."""
         self._check(z, context, choices)
         x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
-        return x, F.logsigmoid(z) + F.logsigmoid(-z) - math.log1p(-2 * self.alpha)
+        return self._of_columns(
+            z, x, F.logsigmoid(z) + F.logsigmoid(-z) - math.log1p(-2 * self.alpha)
+        )
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """The logit z of x and log dz/dx, of every number."""
         self._check(x, context, choices)
+        given, chosen = x, self._chosen(x)
+        if chosen is not None:
+            x = torch.where(chosen, x, 0.5)
         # Each from its own side: 1 - s would lose the digits of an s near 1.
         s, rest = (self.alpha + (1 - 2 * self.alpha) * side for side in (x, 1 - x))
         self._check_inside(x, s, rest)
         log_s, log_rest = s.log(), rest.log()
-        return log_s - log_rest, math.log1p(-2 * self.alpha) - log_s - log_rest
+        return self._of_columns(
+            given, log_s - log_rest, math.log1p(-2 * self.alpha) - log_s - log_rest
+        )
+
+    def _chosen(self, x: Tensor) -> Tensor | None:
+        """Which entries of the last dimension it is for (D,), None for all."""
+        if self.columns is None:
+            return None
+        if x.ndim == 0 or x.shape[-1] <= max(self.columns):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, too few columns for columns={self.columns}"
+            )
+        chosen = [i in self.columns for i in range(x.shape[-1])]
+        return torch.tensor(chosen, device=x.device)
+
+    def _of_columns(self, x: Tensor, value: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and log-determinant, x and 0 in the other columns."""
+        chosen = self._chosen(x)
+        if chosen is None:
+            return value, log_det
+        return torch.where(chosen, value, x), torch.where(chosen, log_det, 0.0)
 
     def _check(self, x: Tensor, context: Tensor | None, choices: Choices) -> None:
         check_choices(choices)

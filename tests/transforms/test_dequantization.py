@@ -293,7 +293,9 @@ def test_samples_are_integers_of_the_distribution_of_the_density() -> None:
     flow = pixels(model, cnf.Sigmoid(0.05), UniformDequantization(3)).double()
     x = flow.sample((20_000,))
     assert x.dtype == torch.uint8
-    assert pixels(model, UniformDequantization(300)).sample((2,)).dtype == torch.int64
+    assert (
+        pixels(model, cnf.Sigmoid(), UniformDequantization(300)).sample((2,)).dtype == torch.int64
+    )
     dense = cnf.Flow(model.base, cnf.Compose(model.transform, cnf.Sigmoid(0.05)))
     values = everything(3, 2)
     with torch.no_grad():
@@ -331,6 +333,30 @@ def test_columns_of_counts_beside_real_ones() -> None:
     x = torch.tensor([[0, 999], [2, 0]])
     y, _ = counts.inverse_and_log_det(x)
     assert torch.equal(counts.forward(y), x)
+
+
+def test_a_whole_flow_of_a_table() -> None:
+    """Two counts and a real column: the density of the real one, times exact probabilities."""
+    levels = (3, None, 5)
+    ends = cnf.Sigmoid(0.05, columns=(0, 2)), UniformDequantization(levels)
+    flow = cnf.Flow(cnf.StandardNormal(3), cnf.Compose(*ends)).double()
+    x = torch.tensor([[0.0, -1.5, 4.0], [2.0, 0.3, 1.0]]).double()
+    truth = Normal(0.0, 1.0).log_prob(x[:, 1])
+    for column in (0, 2):
+        grid = torch.linspace(0, 1, levels[column] + 1).double()
+        masses = Normal(0.0, 1.0).cdf(torch.logit(0.05 + 0.9 * grid)).diff()
+        truth = truth + masses[x[:, column].long()].log()
+    weights = flow.log_prob(x.expand(20_000, 2, 3)).exp()
+    error = weights.std(0) / math.sqrt(20_000)
+    assert ((weights.mean(0) - truth.exp()).abs() < 4 * error).all()
+    assert flow.sample((5,)).shape == (5, 3)
+
+
+def test_a_forgotten_sigmoid_is_told() -> None:
+    flow = cnf.Flow(cnf.StandardNormal(4), UniformDequantization(17))
+    with pytest.warns(RuntimeWarning, match=r"put a cnf.Sigmoid\(\)"):
+        flow.sample((100,))
+    pixels(cnf.RealNVP(4), cnf.Sigmoid(), UniformDequantization(17)).sample((1000,))
 
 
 def test_context_reaches_the_flow_and_q() -> None:

@@ -78,3 +78,19 @@ def test_scalars_and_empty_batches() -> None:
     assert flow.log_prob(torch.rand(7)).shape == (7,)
     assert flow.log_prob(torch.tensor(0.5)).shape == ()
     assert cnf.Flow(cnf.StandardNormal(2), Sigmoid()).log_prob(torch.rand(0, 2)).shape == (0,)
+
+
+def test_columns_that_are_not_chosen_stay_as_they_are() -> None:
+    f, all_of_them = Sigmoid(0.05, columns=(0, 2)).double(), Sigmoid(0.05)
+    z = (3 * torch.randn(5, 4, 3, dtype=torch.float64)).requires_grad_()
+    x, log_det = f.forward_and_log_det(z)
+    truth, slopes = all_of_them.forward_and_log_det(z)
+    assert torch.equal(x[..., 1], z[..., 1])
+    assert torch.equal(x[..., ::2], truth[..., ::2])
+    assert torch.equal(log_det[..., ::2], slopes[..., ::2])
+    assert not log_det[..., 1].any()
+    back, minus = f.inverse_and_log_det(x.detach())  # whose middle column is no probability
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(minus, -log_det)
+    x.sum().backward()
+    assert z.grad.isfinite().all()
