@@ -127,6 +127,18 @@ def test_a_run_that_was_cut_goes_on_with_what_is_missing(tmp_path, run_here):
     assert "--resume" in run_here("images.py", *flags, "--model", "realnvp", code=1)
 
 
+def test_a_run_that_has_ended_is_made_longer(tmp_path, run_here):
+    out = tmp_path / "run"
+    flags = [*TINY, *SHORT, "--layers", 2, "--out", out]
+    run_here("images.py", *flags, "--model", "realnvp", "glow")
+    first = rows_of(out)
+    text = run_here("images.py", *flags, "--model", "realnvp", "--resume", "--steps", 5)
+    again = rows_of(out)
+    assert (again["realnvp"]["steps"], again["glow"]) == (5, first["glow"])
+    assert again["realnvp"]["bits"] != first["realnvp"]["bits"]
+    assert f"{first['glow']['bits']:.4f}" in text  # the report has it, too
+
+
 def test_files_bits_and_flips_are_flags(tmp_path, run_here, monkeypatch):
     digits = image_data("digits")
 
