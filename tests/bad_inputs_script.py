@@ -557,6 +557,7 @@ def pixels() -> Iterator[Case]:
         ("floats-to-1", f, unit, TypeError, ("0 to 255", "float32", "from 0 to 1", "255 * x")),
         ("floats-to-255", f, 255 * unit, TypeError, ("float32", "from 0 to 255", "x.round()")),
         ("complex", f, unit * 1j, TypeError, ("0 to 255", "complex64")),
+        ("meta-floats", f, unit.to("meta"), TypeError, ("0 to 255", "unknown")),
         ("empty-floats", f, unit[:0], TypeError, ("0 to 255", "empty")),
         ("uint16", few, (digits + 6).to(torch.uint16), ValueError, ("0 to 16", "6 to 17")),
         ("double", f, unit.double(), TypeError, ("float64", "from 0 to 1", "uint8")),

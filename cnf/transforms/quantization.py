@@ -200,7 +200,8 @@ class Dequantization(Transform):
         if real is not None and not x.is_floating_point():
             return f"x must hold {expected}, {seen}; use x.float()"
         if kind:
-            unit = x.is_floating_point() and bool(((x >= 0) & (x <= 1)).all())
+            looked_at = x.is_floating_point() and not x.is_meta
+            unit = looked_at and bool(((x >= 0) & (x <= 1)).all())
             whole = f"({self._most - 1} * x)" if unit else "x"
             return f"x must hold {expected}, {seen}; use {whole}.round().to(torch.uint8)"
         if x.is_floating_point() and (x != x.floor()).any():
@@ -214,8 +215,10 @@ class Dequantization(Transform):
 def _range_of(x: Tensor) -> str:
     """From the least to the largest of its values that are numbers."""
     known = x.detach()
-    if x.is_complex() or not x.numel():
-        return "that are complex" if x.is_complex() else "of an empty tensor"
+    if x.is_complex() or x.is_meta:
+        return "that have no order" if x.is_complex() else "unknown"
+    if not x.numel():
+        return "of an empty tensor"
     if x.is_floating_point():
         known = known[~known.isnan()]
         if not known.numel():
