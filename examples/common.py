@@ -273,6 +273,11 @@ def score(flow: cnf.Flow, x: Tensor, solver: cnf.Solver = REFERENCE) -> Score:
     return Score(torch.cat(parts).cpu().double(), nfe, time.perf_counter() - start)
 
 
+def goes_on(row: dict[str, Any], run: argparse.Namespace) -> bool:
+    """Whether a run that has ended, of which this is the row, is to be longer now."""
+    return row["stopped"] == "steps" and row["steps"] < run.steps
+
+
 def mean_and_error(values: Tensor) -> str:
     """Mean and standard error of the mean."""
     return f"{values.mean().item():.4f} +- {standard_error(values):.4f}"

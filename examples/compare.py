@@ -24,6 +24,7 @@ from common import (
     complete,
     default_out,
     device_of,
+    goes_on,
     mean_and_error,
     open_density,
     parameters,
@@ -135,7 +136,8 @@ def main() -> int:
     failed: list[str] = []
     for run in runs:
         run.resume = args.resume and (out / run.model / "last.safetensors").exists()
-        run.max_time = 0.0 if run.model in found else args.max_time  # it has had its time
+        ended = run.model in found and not goes_on(found[run.model], run)
+        run.max_time = 0.0 if ended else args.max_time  # it has had its time
         print(f"{run.model}: up to {run.steps} steps")
         try:
             flow, result = train(run, problem.train, problem.val, out / run.model, **problem.fit)

@@ -20,6 +20,7 @@ import torch
 from common import (
     complete,
     default_out,
+    goes_on,
     parameters,
     parser,
     prepare,
@@ -396,11 +397,6 @@ def gaussian(data: ImageData, test: Tensor, seed: int) -> Row:
     name = "Gaussian, ridge" if failed else "Gaussian"
     found = bits.mean().item(), standard_error(bits)
     return Row(name, *found, None, None, None, size + size * (size + 1) // 2)
-
-
-def goes_on(row: dict[str, Any], run: argparse.Namespace) -> bool:
-    """Whether a run that has ended is to be longer now."""
-    return row["stopped"] == "steps" and row["steps"] < run.steps
 
 
 def limit(run: argparse.Namespace) -> str:
