@@ -1,4 +1,4 @@
-"""A flow stopped on its way from base to data: in time for a CNF, layer by layer for others."""
+"""Parts of a flow: as far as some way from base to data, or as far as its dequantization."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from common import (
 )
 from models import IMAGE_MODELS, noise_flow
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 import cnf
 from cnf.data import ImageData, image_data, random_horizontal_flip
@@ -389,10 +390,8 @@ def gaussian(data: ImageData, test: Tensor, seed: int) -> Row:
     if failed:  # fewer images than pixels: as if the noise were drawn once more
         ridge = torch.eye(size).double() / (12 * data.levels**2)
         factor = torch.linalg.cholesky(covariance + ridge)
-    y = dequantised(test) - 0.5 - mean
-    white = torch.linalg.solve_triangular(factor, y.T, upper=False)  # (D, N)
-    log_det = factor.diagonal().log().sum() + 0.5 * size * math.log(2 * math.pi)
-    log_prob = -0.5 * white.square().sum(0) - log_det - size * math.log(data.levels)
+    normal = MultivariateNormal(mean, scale_tril=factor)
+    log_prob = normal.log_prob(dequantised(test) - 0.5) - size * math.log(data.levels)
     bits = -log_prob / (size * math.log(2))
     name = "Gaussian, ridge" if failed else "Gaussian"
     found = bits.mean().item(), standard_error(bits)

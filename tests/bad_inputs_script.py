@@ -621,7 +621,9 @@ def pixels() -> Iterator[Case]:
         yield Case(
             f"alpha-{alpha}", lambda a=alpha: cnf.Sigmoid(a), ValueError, ("alpha=", "0 and 0.5")
         )
-    for columns in ((), (0, 0), (-1,)):
+    one = ("columns=2", "(0, 2)")
+    yield Case("sigmoid-columns-2", lambda: cnf.Sigmoid(columns=2), TypeError, one)
+    for columns in ((), (0, 0), (-1,), (0.5,)):
         yield Case(
             f"sigmoid-columns-{columns}", lambda c=columns: cnf.Sigmoid(columns=c), ValueError,
             ("columns=",),

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnf.checks import check_number, tracing
-from cnf.fields.base import check_sizes
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
 
@@ -57,11 +56,7 @@ class Sigmoid(Transform):
 
     def __init__(self, alpha: float = 0.05, columns: Sequence[int] | None = None) -> None:
         super().__init__()
-        if columns is not None:
-            check_sizes("columns", [n + 1 for n in columns], "indices from 0")
-            if len(set(columns)) < len(columns) or not columns:
-                raise ValueError(f"columns={tuple(columns)!r} must be different, and one at least")
-        self.columns = None if columns is None else tuple(columns)
+        self.columns = None if columns is None else _check_columns(columns)
         check_number("alpha", alpha)
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha={alpha!r} must lie between 0 and 0.5, such as 0.05")
@@ -135,3 +130,15 @@ class Sigmoid(Transform):
             f"x has values from {low:.6g} to {high:.6g}, expected 0 to 1: the logit of others "
             "is not finite; scale x, for pixels by UniformDequantization"
         )
+
+
+def _check_columns(columns: Sequence[int]) -> tuple[int, ...]:
+    """Different indices, one at least."""
+    if not isinstance(columns, Sequence) or isinstance(columns, str):
+        raise TypeError(f"columns={columns!r} must be a sequence of indices, such as (0, 2)")
+    whole = all(type(n) is int and n >= 0 for n in columns)
+    if not (whole and columns and len(set(columns)) == len(columns)):
+        raise ValueError(
+            f"columns={tuple(columns)!r} must be different indices from 0, one at least"
+        )
+    return tuple(columns)
