@@ -12,12 +12,14 @@ from cnf.training.average import moving_average
 from cnf.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from cnf.training.loop import fit
 from cnf.training.result import FitResult
+from cnf.training.schedules import linear
 from cnf.training.trend import NFETrend
 
 __all__ = [
     "FitResult",
     "NFETrend",
     "fit",
+    "linear",
     "load_checkpoint",
     "load_weights",
     "moving_average",

@@ -1,4 +1,6 @@
-"""Where the batches come from: the rows of a tensor in random order, or a function that draws them.
+"""Where the batches come from: the rows of tensors in random order, or a function that draws them.
+
+A batch is a tensor, or a tuple of tensors with as many rows, such as samples and their conditions.
 
 All randomness comes from one generator, whose state belongs to the checkpoint with the order of the
 epoch and the place in it. A resumed run continues in the middle of an epoch with the batch that
@@ -13,9 +15,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["AugmentedBatches", "Batches", "DrawnBatches", "ShuffledRows", "make_batches"]
+__all__ = [
+    "AugmentedBatches",
+    "Batch",
+    "Batches",
+    "DrawnBatches",
+    "NoBatches",
+    "ShuffledRows",
+    "make_batches",
+]
 
-Draw = Callable[[int, torch.Generator], Tensor]
+Batch = Tensor | tuple[Tensor, ...]
+"""What an objective is called with: objective(batch), or objective(*batch)."""
+
+Draw = Callable[[int, torch.Generator], Batch]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -27,7 +40,7 @@ class Batches(Protocol):
 
     generator: torch.Generator
 
-    def next(self) -> Tensor:
+    def next(self) -> Batch:
         """The next batch."""
         ...
 
@@ -45,12 +58,12 @@ class Batches(Protocol):
 
 
 class ShuffledRows:
-    """Rows of a tensor, each once per epoch, in batches of equal size.
+    """Rows of a tensor, or of several, each once per epoch, in batches of equal size.
 
     A batch that begins at the end of one epoch is filled from the beginning of the next.
 
     Shapes:
-        rows: (N, *event); a batch: (B, *event) with B = min(batch_size, N).
+        rows: (N, *event), or a tuple of such; a batch: (B, *event) with B = min(batch_size, N).
 
     Example:
         >>> batches = ShuffledRows(torch.arange(4.0), batch_size=2, seed=0)
@@ -58,23 +71,25 @@ class ShuffledRows:
         [0.0, 1.0, 2.0, 3.0]
     """
 
-    def __init__(self, rows: Tensor, *, batch_size: int, seed: int) -> None:
-        _check_rows(rows)
-        self.rows = rows
-        self.batch_size = min(batch_size, len(rows))
+    def __init__(self, rows: Batch, *, batch_size: int, seed: int) -> None:
+        self.columns = _checked_columns(rows)
+        self.single = isinstance(rows, Tensor)
+        self.count = len(self.columns[0])
+        self.batch_size = min(batch_size, self.count)
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(len(rows), generator=self.generator)  # (N,)
+        self.order = torch.randperm(self.count, generator=self.generator)  # (N,)
         self.cursor = 0
 
-    def next(self) -> Tensor:
-        """The next batch, (B, *event), on the device of the rows."""
+    def next(self) -> Batch:
+        """The next batch, (B, *event), or a tuple of such, on the device of the rows."""
         index = self.order[self.cursor : self.cursor + self.batch_size]
         self.cursor += len(index)
         if lacking := self.batch_size - len(index):
-            self.order = torch.randperm(len(self.rows), generator=self.generator)
+            self.order = torch.randperm(self.count, generator=self.generator)
             index = torch.cat([index, self.order[:lacking]])
             self.cursor = lacking
-        return self.rows[index.to(self.rows.device)]
+        parts = tuple(rows[index.to(rows.device)] for rows in self.columns)
+        return parts[0] if self.single else parts
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, the order of this epoch and the place in it."""
@@ -88,31 +103,36 @@ class ShuffledRows:
     def describe(self) -> dict[str, Any]:
         """The shape and type of the data, and the size of a batch."""
         return {
-            "train": f"{self.rows.dtype} {tuple(self.rows.shape)}",
+            "train": ", ".join(f"{rows.dtype} {tuple(rows.shape)}" for rows in self.columns),
             "batch_size": self.batch_size,
         }
 
 
 class DrawnBatches:
-    """Batches that a function draws: `draw(batch_size, generator)` returns (batch_size, *event)."""
+    """Batches that a function draws: `draw(batch_size, generator)` returns (batch_size, *event),
+    or a tuple of such.
+    """
 
     def __init__(self, draw: Draw, *, batch_size: int, seed: int) -> None:
         self.draw = draw
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
-    def next(self) -> Tensor:
-        """A new batch, (B, *event)."""
+    def next(self) -> Batch:
+        """A new batch, (B, *event), or a tuple of such."""
         batch = self.draw(self.batch_size, self.generator)
-        if not isinstance(batch, Tensor):
-            raise TypeError(
-                f"train(batch_size, generator) must return a Tensor, got {type(batch).__name__}"
-            )
-        if batch.dim() == 0 or len(batch) != self.batch_size:
-            raise ValueError(
-                f"train(batch_size, generator) must return {self.batch_size} rows, "
-                f"got shape {tuple(batch.shape)}"
-            )
+        parts = batch if isinstance(batch, tuple) else (batch,)
+        for part in parts:
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    "train(batch_size, generator) must return a Tensor or a tuple of Tensors, got "
+                    f"{type(part).__name__}"
+                )
+            if part.dim() == 0 or len(part) != self.batch_size:
+                raise ValueError(
+                    f"train(batch_size, generator) must return {self.batch_size} rows, "
+                    f"got shape {tuple(part.shape)}"
+                )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,10 +148,33 @@ class DrawnBatches:
         return {"train": "function", "batch_size": self.batch_size}
 
 
+class NoBatches:
+    """No data at all, for an objective that draws its own samples: it is called with nothing."""
+
+    def __init__(self, *, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> Batch:
+        """Nothing."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what the objective draws is from PyTorch's global generators."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def describe(self) -> dict[str, Any]:
+        """That there is no data."""
+        return {"train": "none"}
+
+
 class AugmentedBatches:
     """Batches of another source, changed by a function: `augment(batch, generator)` -> batch.
 
-    The generator is that of the source, so that its state belongs to the checkpoint.
+    Of a tuple only the first tensor is changed: the samples, not their conditions. The generator
+    is that of the source, so that its state belongs to the checkpoint.
     """
 
     def __init__(self, batches: Batches, augment: Augment) -> None:
@@ -139,9 +182,14 @@ class AugmentedBatches:
         self.augment = augment
         self.generator = batches.generator
 
-    def next(self) -> Tensor:
-        """The next batch, changed, (B, *event)."""
+    def next(self) -> Batch:
+        """The next batch, changed, (B, *event), or a tuple of such."""
         batch = self.batches.next()
+        if isinstance(batch, Tensor):
+            return self._changed(batch)
+        return (self._changed(batch[0]), *batch[1:])
+
+    def _changed(self, batch: Tensor) -> Tensor:
         changed = self.augment(batch, self.generator)
         if not isinstance(changed, Tensor):
             raise TypeError(
@@ -168,26 +216,49 @@ class AugmentedBatches:
 
 
 def make_batches(
-    train: Tensor | Draw, *, batch_size: int, seed: int, augment: Augment | None = None
+    train: Batch | Draw | None, *, batch_size: int | None, seed: int, augment: Augment | None = None
 ) -> Batches:
-    """Batches of `train`, be it data (a tensor) or a source of samples (a function)."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    """Batches of `train`: data (a tensor or several), a source of samples (a function), or none."""
     if augment is not None and not callable(augment):
         raise TypeError(
             f"augment must be a function (batch, generator) -> batch, got {type(augment).__name__}"
         )
+    if train is None:
+        if batch_size is not None or augment is not None:
+            raise ValueError(
+                "train=None is for an objective that draws its own samples, as many as it was "
+                "built with: leave batch_size and augment out, or pass data"
+            )
+        return NoBatches(seed=seed)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     batches: Batches
-    if isinstance(train, Tensor):
+    if isinstance(train, (Tensor, tuple)):
         batches = ShuffledRows(train, batch_size=batch_size, seed=seed)
     elif callable(train):
         batches = DrawnBatches(train, batch_size=batch_size, seed=seed)
     else:
         raise TypeError(
-            "train must be a Tensor of rows or a function (batch_size, generator) -> Tensor, "
-            f"got {type(train).__name__}"
+            "train must be a Tensor of rows, a tuple of such, a function (batch_size, generator) "
+            f"-> Tensor, or None, got {type(train).__name__}"
         )
     return AugmentedBatches(batches, augment) if augment is not None else batches
+
+
+def _checked_columns(rows: Batch) -> tuple[Tensor, ...]:
+    """The tensors of a batch, which must have as many rows, all finite."""
+    columns = (rows,) if isinstance(rows, Tensor) else rows
+    for column in columns:
+        if not isinstance(column, Tensor):
+            raise TypeError(f"train must hold Tensors of rows, got {type(column).__name__} in it")
+        _check_rows(column)
+    if not columns or any(len(column) != len(columns[0]) for column in columns):
+        shapes = ", ".join(str(tuple(column.shape)) for column in columns) or "none"
+        raise ValueError(
+            f"the tensors of train must have as many rows each, got shapes {shapes}; pass "
+            "(x, context) with a row of context for each sample"
+        )
+    return columns
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cnf.training.average import moving_average
-from cnf.training.batches import make_batches
+from cnf.training.batches import Batch, make_batches
 from cnf.training.folder import RunFolder
 from cnf.training.log import Log, ProgressBar
 from cnf.training.result import FitResult, Reason
@@ -30,10 +30,11 @@ Validate = Callable[[nn.Module], float | Tensor]
 
 def fit(
     objective: nn.Module,
-    train: Tensor | Callable[[int, torch.Generator], Tensor],
+    train: Batch | Callable[[int, torch.Generator], Batch] | None,
     *,
     steps: int,
-    batch_size: int,
+    batch_size: int | None = None,
+    anneal: Mapping[str, Callable[[int], float]] | None = None,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     optimizer: Optimizer | None = None,
     scheduler: LRScheduler | None = None,
@@ -67,11 +68,16 @@ def fit(
 
     Args:
         objective: Module whose forward maps a batch to a scalar loss.
-        train: Rows of data, (N, *event), or a function that draws new samples,
-            `(batch_size, generator) -> (batch_size, *event)`.
+        train: Rows of data, (N, *event); several such tensors in a tuple, as samples and their
+            conditions, for `objective(x, context)`; a function that draws new ones,
+            `(batch_size, generator) -> (batch_size, *event)`, or a tuple; or None for an objective
+            that draws its own samples, `objective()`, such as `cnf.ReverseKL`.
         steps: Optimiser steps, those before a resume included.
-        batch_size: Rows of a batch; at most N are used.
-        augment: Changes every batch, `(batch, generator) -> batch`, as does
+        batch_size: Rows of a batch; at most N are used. None where there is no data.
+        anneal: Keyword arguments of the objective that follow the step, from 0: `{"beta":
+            cnf.training.linear(0.0, 1.0, 1000)}` warms up the KL of `ELBO`. Validation has the
+            objective's own.
+        augment: Changes every batch of samples, `(batch, generator) -> batch`, as does
             `cnf.data.random_horizontal_flip`. All its randomness must come from the generator,
             which is that of the batches, on the CPU.
         optimizer: Adam with learning rate 1e-3 by default.
@@ -112,12 +118,15 @@ def fit(
     """
     _check_counts(steps=steps, validate_every=validate_every, log_every=log_every)
     _check_choices(validate, patience=patience, clip_grad_norm=clip_grad_norm, scheduler=scheduler)
+    _check_anneal(anneal)
     batches = make_batches(train, batch_size=batch_size, seed=seed, augment=augment)
     parameters = _parameters(objective, optimizer)
     objective.to(device or parameters[0].device).train()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=1e-3)
     ema = moving_average(objective, ema_decay)
-    settings = {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay}
+    settings: dict[str, Any] = {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay}
+    if anneal:
+        settings["anneal"] = ", ".join(sorted(anneal))
     run = Run(objective, ema, optimizer, scheduler, batches, settings, config or {})
     folder = RunFolder(out)
     folder.begin(run, resume)
@@ -129,10 +138,10 @@ def fit(
         folder.mentioned_in_errors(),
     ):
         while (stopped := end.reached(run.progress, caught)) is None:
-            report = take_step(run, clip_grad_norm=clip_grad_norm)
+            report = take_step(run, clip_grad_norm=clip_grad_norm, anneal=anneal)
             bar.advance(report)
             if run.progress.step % log_every == 0:
-                log.write({**asdict(report), "elapsed": run.progress.elapsed})
+                log.write({**report.values(), "elapsed": run.progress.elapsed})
             if run.progress.step % validate_every == 0:
                 better = validate is not None and _validate(run, validate, log, bar)
                 folder.save(run, best=better)
@@ -223,3 +232,12 @@ def _check_choices(
         raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("scheduler is stepped after every step, which ReduceLROnPlateau cannot be")
+
+
+def _check_anneal(anneal: Mapping[str, Callable[[int], float]] | None) -> None:
+    for name, schedule in (anneal or {}).items():
+        if not callable(schedule):
+            raise TypeError(
+                f"anneal[{name!r}] must be a function of the step, got {schedule!r}; a value that "
+                "does not change belongs to the objective"
+            )

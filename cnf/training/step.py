@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 
 from cnf.errors import TrainingError
+from cnf.objectives.terms import record_terms
 from cnf.ode import record_solves
 from cnf.training.run import Run
 
@@ -27,6 +29,7 @@ class StepReport:
         lr: Learning rate of the first parameter group in this step.
         nfe_forward: Function evaluations of the forward solves of the step.
         nfe_backward: Function evaluations of its backward solves.
+        terms: The parts of the loss, by the names that the objective gave them.
     """
 
     step: int
@@ -35,19 +38,32 @@ class StepReport:
     lr: float
     nfe_forward: int
     nfe_backward: int
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """All of it by name, the terms among the others, for the log."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "terms"}
+        return {**self.terms, **own}
 
 
-def take_step(run: Run, *, clip_grad_norm: float | None) -> StepReport:
+def take_step(
+    run: Run,
+    *,
+    clip_grad_norm: float | None,
+    anneal: Mapping[str, Callable[[int], float]] | None = None,
+) -> StepReport:
     """Batch, gradient, optimiser, scheduler, average: in this order.
 
     Raises:
         TrainingError: The loss or its gradient is not finite. The weights are those before it.
     """
     began, step = time.monotonic(), run.progress.step + 1
-    batch = run.batches.next().to(run.device)
+    batch = run.batches.next()
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    chosen = {name: value(step - 1) for name, value in (anneal or {}).items()}
     run.optimizer.zero_grad(set_to_none=True)
-    with record_solves() as solves:
-        loss = run.objective(batch)
+    with record_solves() as solves, record_terms() as terms:
+        loss = run.objective(*(part.to(run.device) for part in parts), **chosen)
         value = _finite_value(loss, step)
         loss.backward()
     limit = math.inf if clip_grad_norm is None else clip_grad_norm
@@ -63,7 +79,7 @@ def take_step(run: Run, *, clip_grad_norm: float | None) -> StepReport:
         kind: sum(solve.nfe for solve in solves if solve.kind == kind)
         for kind in ("forward", "backward")
     }
-    report = StepReport(step, value, norm, lr, nfe["forward"], nfe["backward"])
+    report = StepReport(step, value, norm, lr, nfe["forward"], nfe["backward"], terms)
     run.progress = run.progress.after(
         report.nfe_forward, report.nfe_backward, time.monotonic() - began
     )

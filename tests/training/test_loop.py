@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import cnf
 from cnf.errors import CheckpointError, SolverError, TrainingError
-from cnf.training import fit, load_checkpoint, load_weights, moving_average
+from cnf.objectives.terms import log_terms
+from cnf.training import fit, linear, load_checkpoint, load_weights, moving_average
 from cnf.training.batches import make_batches
 
 from .noisy_run import Noisy, noisy_run
@@ -355,7 +356,7 @@ def test_bad_data(train: Any, message: str) -> None:
         fit(Quadratic(), train, steps=1, batch_size=5, progress=False)
 
 
-@pytest.mark.parametrize("train", [[1.0, 2.0], None, lambda count, generator: [1.0]])
+@pytest.mark.parametrize("train", [[1.0, 2.0], ([1.0],), 5, lambda count, generator: [1.0]])
 def test_data_of_another_type(train: Any) -> None:
     with pytest.raises(TypeError, match="train"):
         fit(Quadratic(), train, steps=1, batch_size=5, progress=False)
@@ -432,3 +433,98 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer"):
         fit(mine, torch.ones(4, 2), steps=1, batch_size=2, optimizer=optimizer, progress=False)
+
+
+class Regression(nn.Module):
+    """(a x - y)^2, with a weight that may be annealed, and its parts told by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, float]] = []
+
+    def forward(self, x: Tensor, y: Tensor, *, beta: float = 1.0) -> Tensor:
+        self.seen.append((len(x), beta))
+        fit, size = (self.a * x - y).square().mean(), self.a.square()
+        log_terms(fit=fit, size=size)
+        return fit + beta * size
+
+
+def test_pairs_stay_together() -> None:
+    x = torch.randn(40)
+    objective = Regression()
+    fit(objective, (x, 3 * x), steps=200, batch_size=7, anneal={"beta": lambda step: 0.0},
+        optimizer=torch.optim.SGD(objective.parameters(), lr=0.1), progress=False)  # fmt: skip
+    assert objective.a.item() == pytest.approx(3.0, abs=1e-4)
+    assert objective.seen == [(7, 0.0)] * 200
+
+
+def test_drawn_pairs_are_augmented_in_the_samples_alone() -> None:
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(count, generator=generator)
+        return x, -x
+
+    batches = make_batches(draw, batch_size=5, seed=0, augment=lambda x, generator: 2 * x)
+    x, y = batches.next()
+    assert x.equal(-2 * y)
+
+
+def test_annealing_follows_the_step_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    x = torch.randn(8)
+    seen = []
+    for steps in (3, 6):
+        objective = Regression()
+        fit(objective, (x, x), steps=steps, batch_size=8, out=tmp_path, resume=steps > 3,
+            anneal={"beta": linear(1.0, 0.0, 4)}, progress=False)  # fmt: skip
+        seen += [beta for _, beta in objective.seen]
+    assert seen == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_terms_are_logged_by_name(tmp_path: Path) -> None:
+    x = torch.randn(8)
+    fit(Regression(), (x, x), steps=2, batch_size=8, out=tmp_path, log_every=1, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["fit"] + line["size"], abs=1e-6)
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        return (self.a - torch.randn(()).mean()).square()
+
+
+def test_an_objective_that_draws_its_own_samples_resumes_bit_for_bit(tmp_path: Path) -> None:
+    ends = []
+    for parts in ((6,), (3, 6)):
+        out = tmp_path / str(len(parts))
+        torch.manual_seed(0)
+        for steps in parts:
+            objective = Drawing()
+            fit(objective, None, steps=steps, out=out, resume=steps != parts[0], progress=False)
+            torch.manual_seed(99)  # the checkpoint knows better
+        ends.append(objective.a.item())
+    assert ends[0] == ends[1] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "error", "message"),
+    [
+        ((torch.zeros(3), torch.zeros(4)), {}, ValueError, "as many rows each"),
+        ((), {}, ValueError, "as many rows each, got shapes none"),
+        ((torch.zeros(3), torch.full((3,), torch.nan)), {}, ValueError, "NaN"),
+        (lambda n, g: (torch.zeros(n), torch.zeros(n + 1)), {}, ValueError, "must return 2 rows"),
+        (None, {}, ValueError, "leave batch_size"),
+        (torch.zeros(3), {"batch_size": None}, ValueError, "batch_size must be a positive"),
+        (torch.zeros(3), {"anneal": {"beta": 0.5}}, TypeError, "function of the step"),
+    ],
+)
+def test_bad_data_and_schedules(
+    train: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(Regression(), train, **{"steps": 1, "batch_size": 2, "progress": False, **options})
