@@ -47,8 +47,12 @@ class VectorField(nn.Module):
     Attributes:
         event_shape: shape of one sample.
         context: number of context features, 0 for none.
+        batched_time: whether t may also be a time of each sample, (B,), as in flow matching. For
+            another field, of yours too, such times go through `torch.func.vmap`, which takes
+            longer; a class that redefines the values says it anew.
     """
 
+    batched_time = False
     closed_form = False
     closed_quadratic_form = False
 

@@ -91,6 +91,8 @@ class ConcatSquashField(VectorField):
         )
         self.activations = nn.ModuleList(make_activation(activation) for _ in hidden)
 
+    batched_time = True
+
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the exact divergence has a closed form."""
@@ -160,7 +162,7 @@ class ConcatSquashField(VectorField):
         """dx (B, D), the gated slopes of the hidden layers where `apply` gives them, and the
         output's gate (D,), or (B, D) with context.
         """
-        s = t.reshape(1)  # (1,), or (B, 1 + C) with context
+        s = t.unsqueeze(-1)  # (1,), or (B, 1 + C) with context
         if context is not None:
             s = torch.cat((s.expand(len(context), 1), context), -1)
         *hidden, output = self.layers

@@ -128,6 +128,8 @@ class ConvField(VectorField):
         self.image = ContextImage(context_shape, size, layers[0]) if context_shape else None
         self.activations = nn.ModuleList(make_activation(activation) for _ in hidden)
 
+    batched_time = True
+
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the exact divergence has a closed form."""

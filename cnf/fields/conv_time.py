@@ -1,5 +1,7 @@
 """How time and context enter a convolutional network: they scale and shift what its layers give.
 
+Time features tau (S,) are those of one time; (B, S) of a time of each sample.
+
 A layer is (K * h + b) scale + shift. Scales are by channel, and shifts do not depend on the state:
 so the Jacobian is that of the kernels, but for factors of channels.
 """
@@ -101,7 +103,7 @@ class Concat(nn.Module):
 
     def forward(self, tau: Tensor, context: Tensor | None) -> list[Modulation]:
         """Shifts (1, H, height, width), or (B, H, height, width) with context."""
-        s = tau.unsqueeze(0)
+        s = tau.unsqueeze(0) if tau.ndim == 1 else tau
         if context is not None:
             s = torch.cat((s.expand(len(context), -1), context), 1)
         s = s.unflatten(1, (-1, 1, 1))
@@ -110,10 +112,10 @@ class Concat(nn.Module):
 
 
 def _by_channel(layer: nn.Linear, tau: Tensor, context: Tensor | None) -> Tensor:
-    """The layer of (tau, context): (n, 1, 1), or (B, n, 1, 1) with context."""
+    """The layer of (tau, context): (n, 1, 1), or (B, n, 1, 1) with context or several times."""
     weight = layer.weight
     if context is None:
         return F.linear(tau, weight, layer.bias).unflatten(-1, (-1, 1, 1))
-    of_time, of_context = weight.split((len(tau), context.shape[1]), 1)
+    of_time, of_context = weight.split((tau.shape[-1], context.shape[1]), 1)
     both = torch.addmm(F.linear(tau, of_time, layer.bias), context, of_context.t())
     return both.unflatten(-1, (-1, 1, 1))

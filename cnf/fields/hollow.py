@@ -99,6 +99,8 @@ class HollowField(VectorField):
             layers += [nn.Linear(n_in, n_out), make_activation(activation)]
         self.tau = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
+    batched_time = True
+
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether tau is what it was built as; then the divergence has a closed form."""

@@ -42,6 +42,8 @@ class LinearField(VectorField):
         self.linear = nn.Linear(self.dims, self.dims)
         self.of_context = nn.Linear(context, self.dims, bias=False) if context else None
 
+    batched_time = True
+
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the layer is linear, as it was built."""

@@ -82,6 +82,8 @@ class MLPField(VectorField):
         gated = (nn.Linear(times + context, n) for n in hidden)
         self.gates = nn.ModuleList(gated) if gates else None
 
+    batched_time = True
+
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
         """Whether the exact divergence has a closed form."""
@@ -167,12 +169,15 @@ class MLPField(VectorField):
         # columns, as in the gradient with respect to x, are several times faster this way round.
         weight = first.weight.t().contiguous()  # (D + T + C, H)
         of_x, of_time, *of_context = weight.split(self.inputs)
-        bias = torch.addmv(first.bias, of_time.t(), tau)  # (H,)
+        if tau.ndim == 1:
+            bias = torch.addmv(first.bias, of_time.t(), tau)  # (H,)
+        else:  # a time of each sample
+            bias = torch.addmm(first.bias, tau, of_time)  # (B, H)
         if context is not None:
             bias = torch.addmm(bias, context, of_context[0])  # (B, H)
         return torch.addmm(bias, x, of_x)
 
     def _gate(self, layer: nn.Module, tau: Tensor, context: Tensor | None) -> Tensor:
-        """sigmoid(G_l [tau, c] + v_l), (H,), or (B, H) with context."""
+        """sigmoid(G_l [tau, c] + v_l), (H,), or (B, H) with context or times of each sample."""
         s = tau if context is None else torch.cat((tau.expand(len(context), -1), context), 1)
         return torch.sigmoid(layer(s))

@@ -95,6 +95,8 @@ class PotentialField(VectorField):
 
     closed_quadratic_form = closed_form
 
+    batched_time = True
+
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Phi (B,) at time t () and state x (B, *event), given context (B, C).
 
@@ -174,7 +176,7 @@ class PotentialField(VectorField):
 
     def _inputs(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """s = (x, t, c) (B, D + 1 + C)."""
-        parts = [x, t.expand(len(x), 1)]
+        parts = [x, t.unsqueeze(-1).expand(len(x), 1)]
         return torch.cat(parts if context is None else [*parts, context], -1)
 
     def _linears(self) -> list[nn.Linear]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cnf.fields.base import Constants, VectorField
 from cnf.fields.closed_form import offers
+from cnf.fields.time import takes_batched_time
 
 __all__ = ["SumField"]
 
@@ -54,6 +55,11 @@ class SumField(VectorField):
             )
         super().__init__(fields[0].event_shape, max(contexts, default=0))
         self.fields = nn.ModuleList(fields)
+
+    @property
+    def batched_time(self) -> bool:  # type: ignore[override]
+        """Whether every field takes a time of each sample."""
+        return all(takes_batched_time(field) for field in self._each())
 
     @property
     def closed_form(self) -> bool:  # type: ignore[override]
