@@ -44,6 +44,7 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
+from cnf.importance import importance_sampling
 from cnf.models import (
     FFJORD,
     HINT,
@@ -58,8 +59,15 @@ from cnf.models import (
     RealNVP,
     SylvesterFlow,
 )
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from cnf.ode import Solver, TorchDiffEq, odeint, record_solves
+from cnf.regularizers import (
+    HJBResidual,
+    JacobianFrobenius,
+    KineticEnergy,
+    Regularizer,
+    TaylorDerivative,
+)
 from cnf.transforms import (
     CNF,
     Compose,
@@ -86,11 +94,15 @@ __all__ = [
     "Divergence",
     "Exact",
     "Flow",
+    "FlowMatching",
     "Glow",
+    "HJBResidual",
     "HollowField",
     "HutchPlusPlus",
     "Hutchinson",
     "Inverse",
+    "JacobianFrobenius",
+    "KineticEnergy",
     "LinearField",
     "MLPField",
     "MaximumLikelihood",
@@ -100,12 +112,15 @@ __all__ = [
     "PotentialField",
     "RadialFlow",
     "RealNVP",
+    "Regularizer",
+    "ReverseKL",
     "Sigmoid",
     "Solver",
     "SolverError",
     "StandardNormal",
     "SumField",
     "SylvesterFlow",
+    "TaylorDerivative",
     "TorchDiffEq",
     "TrainingError",
     "Transform",
@@ -114,6 +129,7 @@ __all__ = [
     "VectorField",
     "check",
     "compare_trace",
+    "importance_sampling",
     "odeint",
     "record_solves",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -17,10 +17,12 @@ from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.ode.odeint import as_solver
+from cnf.regularizers import Regularizer
 from cnf.transforms.base import Choices, Transform, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
 from cnf.transforms.inputs import check_like
+from cnf.transforms.regularization import check_regularization
 
 __all__ = ["Flow"]
 
@@ -164,6 +166,52 @@ class Flow(nn.Module):
             return [log_prob]
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
         return [log_prob, variance.sqrt().detach()]
+
+    def log_prob_and_integrals(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        regularizers: Sequence[Regularizer] = (),
+        steer: float = 0.0,
+        divergence: str | Divergence | None = None,
+        solver: Solver | TorchDiffEq | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-density (*batch,) and what regularisers integrate on the way (*batch, n).
+
+        Args:
+            x: data.
+            context: conditions (*batch, C), or broadcastable to it.
+            regularizers: n of them; each integral is the sum over all CNFs, without its weight.
+            steer: every CNF ends at a time drawn uniformly within this distance of its end, one
+                for the batch; see `MaximumLikelihood`.
+            divergence: "exact", "hutchinson" or a `Divergence`, for this call.
+            solver: a solver, for this call.
+            generator: source of all noise.
+
+        Raises:
+            SolverError: a solve that cannot end.
+            TypeError: a regulariser that is none, or not for this flow's fields.
+            ValueError: a flow without a CNF, two regularisers of one name, too large a steer.
+
+        Example:
+            >>> import cnf
+            >>> flow, x = cnf.FFJORD(2), torch.randn(5, 2)
+            >>> penalties = [cnf.KineticEnergy(0.01), cnf.JacobianFrobenius(0.01)]
+            >>> log_prob, integrals = flow.log_prob_and_integrals(x, regularizers=penalties)
+            >>> log_prob.shape, integrals.shape
+            (torch.Size([5]), torch.Size([5, 2]))
+        """
+        self._check_shape(x)
+        check_regularization(self.transform, regularizers, steer)
+        choices = _choices(divergence, solver, generator)
+        choices["regularizers"] = tuple(regularizers)
+        choices["integrals"] = []
+        choices["steer"] = steer
+        (log_prob,) = self._log_prob(x, context, choices)
+        none = log_prob.new_zeros((*log_prob.shape, len(regularizers)))
+        return log_prob, sum(choices["integrals"], none)
 
     def bits_per_dim(
         self,

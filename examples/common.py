@@ -13,7 +13,17 @@ from typing import Any, NoReturn
 
 import torch
 from models import FIELDS, MODELS, Model, flow_solver, optional
-from torch import Tensor
+from objectives import (
+    MATCHING,
+    MATCHING_OPTIMIZER,
+    OBJECTIVES,
+    OPTIMIZERS,
+    add_objectives,
+    complete_objective,
+    make_objective,
+    of_stage,
+)
+from torch import Tensor, nn
 
 import cnf
 from cnf.data import ImageDensity, PlaneDensity, toy
@@ -24,12 +34,27 @@ UNRELATED = frozenset(  # to the training
     "out resume test_size threads models columns data_dir draws probes".split()  # noqa: SIM905
 )
 PLANE: dict[str, Any] = {"batch_size": 512, "ema_decay": 0.99}
+PLANE_MATCHING: dict[str, Any] = {
+    "steps": 12_000,
+    "batch_size": 1024,
+    "lr": 5e-3,
+    "ema_decay": 0.999,
+    "hidden": [128, 128],
+    "time_sampling": "log-uniform",
+    "optimizer": MATCHING_OPTIMIZER,
+}
+"""What fits the plane's densities by flow matching in about a minute on two cores."""
 TABLE: dict[str, Any] = {
     "steps": 2000,
     "batch_size": 500,
     "lr": 3e-3,
     "ema_decay": 0.995,
     "layers": None,  # as many as the class has
+}
+TABLE_MATCHING: dict[str, Any] = {
+    "steps": 10_000,
+    "ema_decay": 0.999,
+    "optimizer": MATCHING_OPTIMIZER,
 }
 ERRORS = (cnf.SolverError, cnf.CheckpointError, cnf.TrainingError)
 REFERENCE = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)  # how every final figure is computed
@@ -85,7 +110,8 @@ def parser(
         help="go on where the run in --out stopped, with the same flags; "
         "with another --steps, the learning rate follows the new schedule",
     )
-    p.set_defaults(**{"model": "ffjord", "layers": None, **defaults})
+    common = {"model": "ffjord", "objective": "likelihood", "optimizer": "adam", "layers": None}
+    p.set_defaults(**{**common, **defaults})
     return p
 
 
@@ -104,17 +130,28 @@ def add_models(
     for name, model in MODELS.items():
         filled = {**model.defaults, **defaults}
         own.append(f"{name} {', '.join(str(filled.get(k)) for k in ('steps', 'lr', 'layers'))}")
+    if not several:
+        add_objectives(flags)
     flags.epilog = (
         f"Where --steps, --lr, --layers are not given they are: {'; '.join(own)} (None: as the "
         "class has it). A flag that the model does not take is refused."
     )
 
 
-def parse(flags: argparse.ArgumentParser, defaults: dict[str, Any]) -> argparse.Namespace:
-    """The flags of the command line, and those left open; see `complete`."""
+def parse(
+    flags: argparse.ArgumentParser, defaults: dict[str, Any], matching: dict[str, Any]
+) -> argparse.Namespace:
+    """The flags of the command line, and those left open; see `complete`.
+
+    Args:
+        flags: the parser.
+        defaults: of the script.
+        matching: those that flow matching has in their place.
+    """
     args = flags.parse_args()
     refuse_idle(flags, [args.model])
-    return complete(args, args.model, defaults)
+    args, own = complete_objective(args, matching)
+    return complete(args, args.model, {**defaults, **own})
 
 
 def refuse_idle(
@@ -164,16 +201,58 @@ def train(
     patience: int | None = None,
     validate_every: int = 250,
 ) -> tuple[cnf.Flow, FitResult]:
-    """Train the flow that the flags describe; return it with its best averaged weights."""
+    """Train the flow that the flags describe; return it with its best averaged weights.
+
+    Whatever the objective, weights are chosen by the likelihood of `val`. The first of two stages
+    has the folder `out`/flow-matching.
+    """
     prepare(args)
     flow = MODELS[args.model].build(args, val.shape[-1])
 
     def validate(averaged: cnf.Flow) -> float:
         return -score(averaged, val, flow_solver(args)).log_prob.mean().item()
 
-    choices: dict[str, Any] = {"patience": patience, "validate_every": validate_every}
-    objective = cnf.MaximumLikelihood(flow)
-    return train_flow(args, objective, data, out, validate, clip_grad_norm=10.0, **choices)
+    began, stages = time.monotonic(), OBJECTIVES[args.objective]
+    results: list[FitResult] = []
+    for i, stage in enumerate(stages):
+        last = i + 1 == len(stages)
+        folder = out if last else out / stage
+        run = of_stage(i, args)
+        if len(stages) > 1:
+            run.resume = args.resume and (folder / "last.safetensors").exists()
+            print(f"{stage}: up to {run.steps} steps")
+        if args.max_time is not None:  # the second stage has a fifth, and what the first leaves
+            share = args.max_time if last else 0.8 * args.max_time
+            run.max_time = max(0.0, share - (time.monotonic() - began))
+        _, result = train_flow(
+            run,
+            make_objective(stage, run, flow),
+            data,
+            folder,
+            validate,
+            patience=patience,
+            validate_every=max(validate_every, run.steps // 10 if stage == "flow-matching" else 1),
+            clip_grad_norm=10.0,
+        )
+        results.append(result)
+        if result.signal is not None:
+            break
+    return flow, in_all(results)
+
+
+def in_all(stages: Sequence[FitResult]) -> FitResult:
+    """The end of the last stage, with the steps, time and evaluations of all."""
+    *others, last = stages
+    before = sum(result.step for result in others)
+    return dataclasses.replace(
+        last,
+        step=before + last.step,
+        best_step=None if last.best_step is None else before + last.best_step,
+        **{
+            name: sum(getattr(result, name) for result in stages)
+            for name in ("elapsed", "nfe_forward", "nfe_backward")
+        },
+    )
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -184,7 +263,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def train_flow(
     args: argparse.Namespace,
-    objective: cnf.MaximumLikelihood,
+    objective: nn.Module,
     data: Tensor | Callable[[int, torch.Generator], Tensor],
     out: Path,
     validate: Callable[[cnf.Flow], float],
@@ -192,9 +271,12 @@ def train_flow(
     **options: Any,
 ) -> tuple[cnf.Flow, FitResult]:
     """Train that flow, by the flags; return it with its best averaged weights."""
-    flow = objective.flow
-    optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
+    flow: cnf.Flow = objective.flow  # type: ignore[assignment]
+    optimizer = OPTIMIZERS[args.optimizer](flow, args.lr)
     unread = UNRELATED | optional(known).difference(known[args.model].takes)
+    unread |= {"fine_tune", "optimizer"}  # steps of another stage; `fit` keeps the optimiser's name
+    if args.objective == "likelihood":
+        unread |= {"objective", *MATCHING}
     result = fit(
         objective,
         data,

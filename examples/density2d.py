@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from common import (
     PLANE,
+    PLANE_MATCHING,
     add_models,
     default_out,
     describe_training,
@@ -35,13 +36,13 @@ from cnf.training import FitResult
 
 def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
-    flags = parser(__doc__, **PLANE)
+    flags = parser(__doc__)
     add_models(flags, PLANE)
     flags.add_argument(
         "--data", default="8gaussians", help=f"{', '.join(TOY_NAMES)}, or a picture file"
     )
     flags.add_argument("--test-size", type=int, default=10_000, help="test points")
-    args = parse(flags, PLANE)
+    args = parse(flags, PLANE, PLANE_MATCHING)
     if args.test_size < 2:
         raise ValueError(f"--test-size={args.test_size} must be 2 or more, for a standard error")
     out = args.out or default_out("density2d", Path(args.data).stem, args.model)

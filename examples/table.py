@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from common import (
     TABLE,
+    TABLE_MATCHING,
     add_models,
     default_out,
     describe_training,
@@ -35,14 +36,14 @@ from cnf.training import FitResult
 
 def main() -> int:
     """Run the example; the exit code is 0, or 130 after Ctrl-C."""
-    flags = parser(__doc__, **TABLE)
+    flags = parser(__doc__)
     add_models(flags, TABLE)
     flags.add_argument(
         "--data", help="table file; none takes breast_cancer, a table in scikit-learn"
     )
     flags.add_argument("--split-seed", type=int, default=0, help="seed of the split")
     flags.add_argument("--patience", type=int, default=6, help="validations without a new best")
-    args = parse(flags, TABLE)
+    args = parse(flags, TABLE, TABLE_MATCHING)
     name = Path(args.data).stem if args.data else "breast_cancer"
     out = args.out or default_out("table", name, args.model)
     data = read_table(args.data) if args.data else sklearn_table(name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cnf
+from cnf import calibration, data, variational
 from cnf import transforms as layer
 
 SECONDS = 5.0
@@ -721,9 +722,184 @@ def times() -> Iterator[Case]:
     yield Case("times-nan", lambda: cnf_nan.forward(x), ValueError, ("nan", "finite"))
 
 
+def penalties() -> Iterator[Case]:
+    """Regularisers of wrong weights, or for a flow that has no use for them."""
+    f, energy = flow(), cnf.KineticEnergy(0.1)
+
+    def loss(flow: Any = f, **options: Any) -> cnf.MaximumLikelihood:
+        return cnf.MaximumLikelihood(flow, **options)
+
+    for name, call, error, words in (
+        ("weight", lambda: cnf.KineticEnergy(-1.0), ValueError, ("weight=-1.0", "0.01")),
+        ("weight-nan", lambda: cnf.HJBResidual(NAN), ValueError, ("weight=nan", "finite")),
+        ("weight-text", lambda: cnf.JacobianFrobenius("1"), TypeError, ("weight='1'", "number")),
+        ("order", lambda: cnf.TaylorDerivative(1, 0.1), ValueError, ("order=1", "KineticEnergy")),
+        ("kind", lambda: loss(regularizers=["kinetic"]), TypeError, ("regularizers[0]", "str")),
+        ("no-list", lambda: loss(regularizers=energy), TypeError, ("list", "got KineticEnergy")),
+        ("twice", lambda: loss(regularizers=[energy] * 2), ValueError, ("two", "keep one")),
+        (
+            "discrete",
+            lambda: loss(cnf.RealNVP(2), regularizers=[energy]),
+            ValueError,
+            ("kinetic_energy", "CNF", "FFJORD"),
+        ),
+        (
+            "potential",
+            lambda: loss(regularizers=[cnf.HJBResidual(0.1)]),
+            TypeError,
+            ("HJBResidual", "MLPField", "PotentialField"),
+        ),
+        ("steer", lambda: loss(steer=1.5), ValueError, ("steer=1.5", "below the span", "smaller")),
+        ("steer-sign", lambda: loss(steer=-0.1), ValueError, ("steer=-0.1", "not negative")),
+    ):
+        yield Case(f"penalty-{name}", call, error, words)
+
+
+def autoencoders() -> Iterator[Case]:
+    """Variational autoencoders of wrong parts, and data that their decoders refuse."""
+    encoder, decoder = nn.Linear(3, 4), variational.Bernoulli(nn.Linear(2, 3))
+    q, x = variational.posterior("planar", 2, 4, layers=1), torch.ones(5, 3)
+    vae = variational.VAE(encoder, q, decoder)
+    for name, call, error, words in (
+        (
+            "posterior-kind",
+            lambda: variational.posterior("planer", 2, 4),
+            ValueError,
+            ("kind='planer'", "Did you mean 'planar'"),
+        ),
+        (
+            "posterior-without-context",
+            lambda: variational.VAE(encoder, cnf.RealNVP(2), decoder),
+            ValueError,
+            ("posterior", "takes no context", "context=C"),
+        ),
+        (
+            "prior-dimensions",
+            lambda: variational.VAE(encoder, q, decoder, cnf.StandardNormal(3)),
+            ValueError,
+            ("prior", "(3,)", "(2,)"),
+        ),
+        (
+            "decoder-network",
+            lambda: variational.Bernoulli(torch.sigmoid),
+            TypeError,
+            ("network", "nn.Module", "got builtin_function_or_method"),
+        ),
+        ("grey", lambda: vae.elbo(0.5 * x), ValueError, ("0 and 1", "0.5 to 0.5", "binarise")),
+        ("nan", lambda: vae.elbo(NAN * x), ValueError, ("context", "non-finite", "5 of 5")),
+        ("pixels", lambda: vae.iwae(x[:, :2]), RuntimeError, ("shapes",)),
+        ("samples", lambda: vae.iwae(x, 0), ValueError, ("samples=0", "positive integer")),
+        ("beta", lambda: vae.elbo(x, beta=None), TypeError, ("beta=None", "number")),
+        ("no-vae", lambda: variational.ELBO(q), TypeError, ("vae", "got Flow")),
+    ):
+        yield Case(f"vae-{name}", call, error, words)
+
+
+def targets() -> Iterator[Case]:
+    """Targets of reverse KL and importance sampling that are none, and what is asked of them."""
+    f = flow(solver=cnf.Solver("euler", steps=1))
+
+    def density(x: Tensor) -> Tensor:
+        return -x.square().sum(-1)
+
+    def loss(log_density: Any = density, **options: Any) -> cnf.ReverseKL:
+        return cnf.ReverseKL(f, log_density, **options)
+
+    def estimate(log_density: Any = density, samples: Any = 10, **options: Any) -> Any:
+        return cnf.importance_sampling(f, log_density, samples, **options)
+
+    interval = layer.Interval
+    for name, call, error, words in (
+        ("flow", lambda: cnf.ReverseKL(f.transform, density), TypeError, ("flow", "got CNF")),
+        ("values", lambda: loss(points()), TypeError, ("log_density", "function", "Tensor")),
+        ("samples", lambda: loss(samples=0), ValueError, ("samples=0", "positive integer")),
+        ("gradient", lambda: loss(gradient="pth"), ValueError, ("gradient='pth'", "'path'")),
+        ("beta", lambda: loss()(beta=-1), ValueError, ("beta=-1", "0 or more")),
+        ("beta-text", lambda: loss()(beta="1"), TypeError, ("beta='1'", "number")),
+        ("generator", lambda: loss()(generator=0), TypeError, ("generator", "int", "manual_seed")),
+        (
+            "shape",
+            lambda: loss(lambda x: -x.square())(),
+            ValueError,
+            ("log_density", "(256, 2)", "(256,)", "sum"),
+        ),
+        ("number", lambda: loss(lambda x: 0.0)(), TypeError, ("log_density", "float", "(256,)")),
+        (
+            "support",
+            lambda: loss(lambda x: (x - 9).log().sum(-1))(),
+            ValueError,
+            ("log_density", "256 of 256", "Interval"),
+        ),
+        ("weights", lambda: estimate(lambda x: NAN * x[:, 0]), ValueError, ("10 of 10", "NaN")),
+        ("one", lambda: estimate(samples=1), ValueError, ("samples=1", "2 or more")),
+        ("batch", lambda: estimate(batch_size=0), ValueError, ("batch_size=0", "positive")),
+        ("interval-order", lambda: interval(1, 0), ValueError, ("low=1", "high=0", "swap")),
+        ("interval-nan", lambda: interval(0, NAN), ValueError, ("high=nan", "finite")),
+        (
+            "interval-outside",
+            lambda: interval(0, 1).inverse(points()),
+            ValueError,
+            ("64 values", "from 0 to 1", "-1 to 1", "remove"),
+        ),
+    ):
+        yield Case(f"target-{name}", call, error, words)
+
+
+def simulations() -> Iterator[Case]:
+    """Simulators and judges of conditional flows, given what they cannot use."""
+    moons, x, c = data.TwoMoons(), points(20), points(20)
+    judge = calibration.simulation_based_calibration
+    for name, call, error, words in (
+        ("n", lambda: moons.sample(-1), ValueError, ("n must be 0 or more", "-1")),
+        (
+            "impossible",
+            lambda: moons.posterior_sample(c + 5, 1),
+            ValueError,
+            ("c has 20 of 20 rows", "first index 0", "sample()"),
+        ),
+        (
+            "broadcast",
+            lambda: moons.posterior_log_prob(x[:3], c),
+            ValueError,
+            ("x of shape (3, 2)", "c of shape (20, 2)", "broadcast"),
+        ),
+        (
+            "matrix",
+            lambda: data.LinearGaussian(torch.ones(2)),
+            ValueError,
+            ("matrix", "(2,)", "(C, D)"),
+        ),
+        ("posterior", lambda: judge(None, x, c), TypeError, ("posterior", "lacks sample")),
+        ("pairs", lambda: judge(flow(), x, c[:3]), ValueError, ("20 rows", "context 3")),
+        (
+            "context",
+            lambda: judge(flow(), x, c),
+            ValueError,
+            ("context of shape", "takes none"),
+        ),
+        ("c2st", lambda: calibration.c2st(x, c[:9]), ValueError, ("b has 9 rows", "at least 10")),
+        ("c2st-nan", lambda: calibration.c2st(NAN * x, c), ValueError, ("a has non-finite", "20")),
+    ):
+        yield Case(f"simulation-{name}", call, error, words)
+
+
 CASES = [
     case
-    for group in (inputs, contexts, fields, solves, choices, sizes, layers, pixels, times)
+    for group in (
+        inputs,
+        contexts,
+        fields,
+        solves,
+        choices,
+        sizes,
+        layers,
+        pixels,
+        times,
+        penalties,
+        autoencoders,
+        targets,
+        simulations,
+    )
     for case in group()
 ]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import cnf
+from cnf.data import potential
 
 ROOT = Path(cnf.__file__).parent
 OPTIONAL = ("matplotlib", "tqdm", "sklearn", "safetensors", "scipy", "PIL", "pandas", "torchdiffeq")
@@ -168,6 +169,14 @@ def noisy(f: cnf.Transform) -> Tensor:
 
 
 # Every public class that is no interface, and what to do with an instance of it.
+def integral(penalty: object) -> Tensor:
+    """What a regulariser integrates along the path of a flow with a potential."""
+    torch.manual_seed(0)
+    curved = cnf.FFJORD(2, hidden=(8,), field=cnf.PotentialField)
+    generator = torch.Generator().manual_seed(0)
+    return curved.log_prob_and_integrals(x, regularizers=[penalty], generator=generator)[1]
+
+
 USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     "CNF": (lambda: cnf.CNF(cnf.MLPField(2), "exact"), lambda f: f.forward_and_log_det(x)[1]),
     "Compose": (
@@ -226,7 +235,18 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
         lambda: cnf.Flow(cnf.StandardNormal(2), flow().transform),
         lambda f: f.log_prob(x),
     ),
+    "ReverseKL": (
+        lambda: cnf.ReverseKL(cnf.FFJORD(2, hidden=(8,)), potential(1).log_density, samples=8),
+        lambda f: f(generator=torch.Generator().manual_seed(0)),
+    ),
     "MaximumLikelihood": (lambda: cnf.MaximumLikelihood(flow()), lambda f: f(x)),
+    **{
+        name: (
+            lambda name=name: getattr(cnf, name)(*([2] if name == "TaylorDerivative" else []), 0.5),
+            integral,
+        )
+        for name in ("HJBResidual", "JacobianFrobenius", "KineticEnergy", "TaylorDerivative")
+    },
     "StandardNormal": (lambda: cnf.StandardNormal(2), lambda f: f.log_prob(x)),
     "Exact": (lambda: cnf.Exact(3), lambda d: CUBIC.log_prob(x, divergence=d)),
     "HutchPlusPlus": (
@@ -244,8 +264,9 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
     ),
 }
 CUBIC = flow()
-VALUES = ("Exact", "HutchPlusPlus", "Hutchinson", "Solver", "TorchDiffEq")
-INTERFACES = {"Divergence", "Transform", "VectorField"}
+REGULARIZERS = ("HJBResidual", "JacobianFrobenius", "KineticEnergy", "TaylorDerivative")
+VALUES = ("Exact", "HutchPlusPlus", "Hutchinson", *REGULARIZERS, "Solver", "TorchDiffEq")
+INTERFACES = {"Divergence", "Regularizer", "Transform", "VectorField"}
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
 
 

@@ -1,6 +1,8 @@
-"""Images of whole numbers: fewer grey levels, and mirrored copies.
+"""Images of whole numbers: fewer grey levels, mirrored copies, and black or white at random.
 
 Reference:
+    Salakhutdinov & Murray, On the quantitative analysis of deep belief networks, ICML 2008, which
+    takes grey levels of MNIST as probabilities.
     Kingma & Dhariwal, Glow: Generative flow with invertible 1x1 convolutions, arXiv 1807.03039,
     which models 5 bits of each pixel.
 """
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from cnf.checks import check_number
 
-__all__ = ["random_horizontal_flip", "reduce_bits"]
+__all__ = ["random_binarization", "random_horizontal_flip", "reduce_bits"]
 
 
 def reduce_bits(images: Tensor, bits: int) -> Tensor:
@@ -80,3 +82,46 @@ def random_horizontal_flip(
     device = images.device if generator is None else generator.device
     mirrored = torch.rand(len(images), generator=generator, device=device) < p  # (B,)
     return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def random_binarization(
+    images: Tensor, generator: torch.Generator | None = None, levels: int = 256
+) -> Tensor:
+    """Make each pixel white or black at random, the whiter it is the likelier white.
+
+        P(1) = x / (levels - 1)
+
+    As `fit(augment=...)` it binarises dynamically: every batch anew. Give other levels by
+    `functools.partial(random_binarization, levels=17)`.
+
+    Args:
+        images: pixels of any shape, from 0 to levels - 1. They are not changed.
+        generator: source of randomness; None for PyTorch's own.
+        levels: number of grey levels; 2 where the pixels are probabilities, from 0 to 1.
+
+    Returns:
+        Pixels of 0 and 1, of the shape and dtype of the images.
+
+    Raises:
+        TypeError: if images are no tensor.
+        ValueError: if levels is no integer of 2 or more, or pixels are beyond them.
+
+    Example:
+        >>> random_binarization(torch.tensor([[0, 255]], dtype=torch.uint8))
+        tensor([[0, 1]], dtype=torch.uint8)
+    """
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"levels={levels!r} must be an integer of 2 or more")
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor, got {type(images).__name__}; use torch.as_tensor"
+        )
+    if not bool(((images >= 0) & (images <= levels - 1)).all()):
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(
+            f"images must hold pixels from 0 to {levels - 1} for levels={levels}, got values from "
+            f"{low:.6g} to {high:.6g}; give levels=, the number of grey levels"
+        )
+    device = images.device if generator is None else generator.device
+    drawn = torch.rand(images.shape, generator=generator, device=device).to(images.device)
+    return (drawn * (levels - 1) < images).to(images.dtype)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnf.divergence.products import BoundField, with_product
 from cnf.fields.base import Constants
 
 __all__ = ["BoundField", "Divergence", "Estimator"]
-
-BoundField = Any
-"""f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event), and the
-closed forms that `VectorField` describes, where the field has them."""
 
 
 class Divergence(ABC):
@@ -27,6 +23,9 @@ class Divergence(ABC):
        they reach every evaluation, and get their gradient.
     3. `__call__(field, t, x, context, noise, constants)` returns f and its divergence, a function
        of its arguments alone, differentiable in all of them where grad mode is on.
+
+    One that multiplies with the Jacobian can give its Frobenius norm to regularisers without a
+    product more: see `with_norm` and `norm_needs_probe`.
     """
 
     def sample_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
@@ -71,6 +70,56 @@ class Divergence(ABC):
         Returns:
             dx (B, *event) and the divergence (B,).
         """
+
+    def estimates(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """f(t, x, context) (B, *event), and what the divergence is the mean of (B, k)."""
+        dx, div = self(field, t, x, context, noise, constants)
+        return dx, div.unsqueeze(-1)
+
+    def norm_needs_probe(self, field: BoundField) -> bool:
+        """Whether `with_norm` takes a product of its own, with a probe that it must be given."""
+        return True
+
+    def with_norm(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`estimates`, and beside them ||df/dx||_F^2 (B,), exact or unbiased.
+
+        Args:
+            field: the vector field.
+            t: time ().
+            x: state (B, *event).
+            context: (B, C) or None.
+            noise: from `sample_noise`.
+            constants: from `constants(field, x, noise)`; None computes them anew.
+            probe: e (B, *event) with E[e e^T] = I, where `norm_needs_probe`.
+
+        Raises:
+            ValueError: no probe where one is needed.
+        """
+        if probe is None:
+            raise ValueError(
+                f"probe is None, but {type(self).__name__} needs one for the Jacobian's norm; "
+                "pass a tensor (B, *event) of +1 and -1"
+            )
+        return with_product(
+            lambda x: self.estimates(field, t, x, context, noise, constants), x, probe
+        )
 
 
 class Estimator(Divergence):

@@ -106,6 +106,37 @@ class Hutchinson(Estimator):
 
         return linearised(field, t, x, context, forms)
 
+    def norm_needs_probe(self, field: BoundField) -> bool:
+        """Never: it has probes."""
+        return False
+
+    def with_norm(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f, e^T J e for each probe (B, k), and the mean of |e^T J|^2 (B,), by the same products.
+
+        Where the estimate has a closed form, there are none: then by one, with the first probe.
+        """
+        probes = _checked(noise, x, self.probes).movedim(1, 0)  # (k, B, *event)
+        if offers(field, "closed_quadratic_form"):
+            return super().with_norm(field, t, x, context, noise, constants, probes[0])
+
+        def both(products: Products) -> Tensor:
+            rows = list(products(probes))
+            forms = [_dot(row, e) for row, e in zip(rows, probes, strict=True)]
+            square = torch.stack([_dot(row, row) for row in rows], 1).mean(1)
+            return torch.stack([*forms, square], 1)
+
+        dx, found = linearised(field, t, x, context, both)
+        return dx, found[:, :-1], found[:, -1]
+
 
 @dataclass(frozen=True)
 class HutchPlusPlus(Estimator):

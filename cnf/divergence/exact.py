@@ -53,7 +53,7 @@ class Exact(Divergence):
 
     def constants(self, field: BoundField, x: Tensor, noise: Tensor | None = None) -> Constants:
         """What the field's closed form needs, or nothing."""
-        if self.closed_form and offers(field, "closed_form"):
+        if self._closed(field):
             return field.divergence_constants() if hasattr(field, "divergence_constants") else ()
         dims = math.prod(x.shape[1:])
         if dims > _MANY_PRODUCTS:
@@ -77,8 +77,8 @@ class Exact(Divergence):
         constants: Constants | None = None,
     ) -> tuple[Tensor, Tensor]:
         """f(t, x, context) (B, *event) and its exact divergence (B,)."""
-        if not (self.closed_form and offers(field, "closed_form")):
-            return linearised(field, t, x, context, lambda products: self._trace(products, x))
+        if not self._closed(field):
+            return linearised(field, t, x, context, lambda products: self._trace(products, x)[0])
         if not hasattr(field, "divergence_constants"):
             dx, div = field.with_divergence(t, x, context)
         else:
@@ -92,14 +92,44 @@ class Exact(Divergence):
             )
         return dx, div
 
-    def _trace(self, products: Products, x: Tensor) -> Tensor:
-        """The sum of e_i^T J e_i over all directions (B,)."""
+    def norm_needs_probe(self, field: BoundField) -> bool:
+        """Where the divergence is a closed form, which has no products."""
+        return self._closed(field)
+
+    def with_norm(
+        self,
+        field: BoundField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+        constants: Constants | None = None,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f, its divergence (B, 1) and ||df/dx||_F^2 (B,), from the rows of the Jacobian."""
+        if self._closed(field):
+            return super().with_norm(field, t, x, context, noise, constants, probe)
+
+        def both(products: Products) -> Tensor:
+            return torch.stack(self._trace(products, x, squares=True), 1)
+
+        dx, found = linearised(field, t, x, context, both)
+        return dx, found[:, :1], found[:, 1]
+
+    def _closed(self, field: BoundField) -> bool:
+        """Whether the field's closed form is used."""
+        return self.closed_form and offers(field, "closed_form")
+
+    def _trace(
+        self, products: Products, x: Tensor, *, squares: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over all directions of e_i^T J e_i and, where asked, of |e_i^T J|^2, (B,)."""
         batch, dims = x.shape[0], math.prod(x.shape[1:])
         chunk = self.chunk_size or dims
         if not (self.chunk_size or torch.compiler.is_compiling()):  # there B is not a number
             chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * dims))
             chunk = chunk if x.is_cuda else min(chunk, _CHUNK_ON_CPU)
-        div = x.new_zeros(batch)
+        div = square = x.new_zeros(batch)
         for start in range(0, dims, chunk):
             i = range(start, min(start + chunk, dims))
             basis = torch.eye(dims, dtype=x.dtype, device=x.device)[start : i.stop]
@@ -109,5 +139,8 @@ class Exact(Divergence):
                 # graph for every batch size saves for its backward pass.
                 e = e.contiguous()
             for k, row in zip(i, products(e), strict=True):
-                div = div + row.reshape(batch, dims)[:, k]
-        return div
+                row = row.reshape(batch, dims)
+                div = div + row[:, k]
+                if squares:
+                    square = square + row.square().sum(1)
+        return div, square

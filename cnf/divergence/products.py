@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnf.divergence.base import BoundField
 from cnf.graph import unknown_leaves
 
-__all__ = ["Products", "linearised"]
+__all__ = ["BoundField", "Products", "linearised", "with_product"]
+
+BoundField = Any
+"""f(t, x, context) -> dx with t (), x (B, *event), context (B, C) or None, dx (B, *event), and the
+closed forms that `VectorField` describes, where the field has them."""
 
 Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
 """The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
@@ -25,15 +29,46 @@ def linearised(
     context: Tensor | None,
     trace: Callable[[Products], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """f and a function of its Jacobian, with a graph only where a gradient can be asked.
+    """f and a function of its Jacobian, with a graph only where a gradient can be asked."""
+    return _linearised(lambda x: (field(t, x, context), ()), x, lambda products, _: trace(products))
+
+
+def with_product(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, e: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f and what else comes with it (B, k), and beside them |e^T df/dx|^2 (B,), by one product.
+
+    Args:
+        evaluate: x (B, *event) -> dx (B, *event) and (B, k).
+        x: state (B, *event).
+        e: vectors (B, *event).
+    """
+
+    def use(products: Products, others: tuple[Tensor, ...]) -> Tensor:
+        (row,) = products(e.unsqueeze(0))
+        square = row.square().unsqueeze(-1).flatten(1).sum(1, keepdim=True)
+        return torch.cat((others[0], square), 1)
+
+    def both(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        dx, other = evaluate(x)
+        return dx, (other,)
+
+    dx, found = _linearised(both, x, use)
+    return dx, found[:, :-1], found[:, -1]
+
+
+def _linearised(
+    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    x: Tensor,
+    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """f, and what is made of products with its Jacobian and of what else `evaluate` gives.
 
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
     if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
-        pair: tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]
-        pair = torch.func.vjp(lambda x: field(t, x, context), x)  # type: ignore[assignment]
-        dx, pullback = pair
+        dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
 
         def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
             if len(vectors) > _UNROLLED:
@@ -41,19 +76,19 @@ def linearised(
                 return rows
             return [pullback(v)[0] for v in vectors.unbind()]
 
-        return dx, trace(products)
+        return dx, use(products, others)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
         x = x.detach().requires_grad_() if own_leaf else x
-        dx = field(t, x, context)
+        dx, others = evaluate(x)
         if not isinstance(dx, Tensor) or dx.shape != x.shape or not dx.requires_grad:
             # f is constant, or the right-hand side will refuse what it gave
-            return dx, trace(torch.zeros_like)
+            return dx, use(torch.zeros_like, others)
         if own_leaf and differentiable:
-            differentiable = bool(unknown_leaves([dx], [x]))
-        div = trace(lambda vectors: _products(dx, x, vectors, differentiable))
-    return (dx, div) if differentiable else (dx.detach(), div.detach())
+            differentiable = bool(unknown_leaves([dx, *others], [x]))
+        found = use(lambda vectors: _products(dx, x, vectors, differentiable), others)
+    return (dx, found) if differentiable else (dx.detach(), found.detach())
 
 
 def _products(

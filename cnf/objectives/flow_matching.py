@@ -41,8 +41,9 @@ class FlowMatching(nn.Module):
             see `cnf.objectives.couplings`.
         path: "linear", "variance-preserving", "trigonometric", or a `Path`; see
             `cnf.objectives.paths`.
-        time_sampling: "stratified" and "uniform", both uniform in the mean, "logit-normal", or a
-            function (n, like=, generator=) -> times (n,) in [0, 1].
+        time_sampling: "stratified" and "uniform", both uniform in the mean; "log-uniform", near the
+            data, for fine structure and likelihood; "logit-normal", in the middle; or a function
+            (n, like=, generator=) -> times (n,) in [0, 1]; see `cnf.objectives.time_sampling`.
 
     Warns:
         RuntimeWarning: parameters outside the field that require grad: they get zeros.

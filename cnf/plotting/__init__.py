@@ -6,6 +6,8 @@ own, without pyplot's global state, and returns the figure; `figure.savefig(path
 
 from __future__ import annotations
 
+from cnf.plotting.calibration import plot_calibration, plot_posteriors
+from cnf.plotting.energy import plot_energies
 from cnf.plotting.images import plot_images
 from cnf.plotting.plane import (
     animate_path,
@@ -23,10 +25,13 @@ from cnf.truncation import truncate
 __all__ = [
     "animate_path",
     "log_density_grid",
+    "plot_calibration",
     "plot_densities",
+    "plot_energies",
     "plot_flow",
     "plot_images",
     "plot_path",
+    "plot_posteriors",
     "plot_samples",
     "plot_table",
     "plot_trace",

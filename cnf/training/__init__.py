@@ -11,12 +11,14 @@ from __future__ import annotations
 from cnf.training.average import moving_average
 from cnf.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from cnf.training.loop import fit
+from cnf.training.muon import Muon
 from cnf.training.result import FitResult
 from cnf.training.schedules import linear
 from cnf.training.trend import NFETrend
 
 __all__ = [
     "FitResult",
+    "Muon",
     "NFETrend",
     "fit",
     "linear",

@@ -10,6 +10,7 @@ from cnf.transforms.coupling import Coupling
 from cnf.transforms.dequantization import UniformDequantization, VariationalDequantization
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.elementwise import Additive, Affine, Elementwise
+from cnf.transforms.interval import Interval
 from cnf.transforms.linear import Conv1x1, Diagonal, Linear, LULinear, QRLinear
 from cnf.transforms.made import MADE
 from cnf.transforms.masks import make_mask
@@ -39,6 +40,7 @@ __all__ = [
     "Diagonal",
     "DiscreteTransform",
     "Elementwise",
+    "Interval",
     "Inverse",
     "LULinear",
     "Linear",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cnf.divergence import Divergence
     from cnf.ode import Solver, TorchDiffEq
+    from cnf.regularizers import Regularizer
 
 __all__ = [
     "Choices",
@@ -36,12 +37,18 @@ class Choices(TypedDict, total=False):
         solver: the choices of the solve.
         generator: source of noise: the estimator's, dequantization's.
         variances: a list to which every estimated log-determinant adds its variance (*batch,).
+        regularizers: what every `CNF` integrates along its path, beside a log-determinant.
+        integrals: a list to which every `CNF` adds these integrals (*batch, n).
+        steer: every `CNF` ends at a time drawn uniformly within this distance of its end.
     """
 
     divergence: str | Divergence
     solver: Solver | TorchDiffEq
     generator: torch.Generator
     variances: list[Tensor]
+    regularizers: tuple[Regularizer, ...]
+    integrals: list[Tensor]
+    steer: float
 
 
 def check_choices(choices: Choices) -> None:

@@ -21,10 +21,13 @@ from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.dynamics import Dynamics, normal
 from cnf.transforms.inputs import check_context_like, check_like
+from cnf.transforms.steer import steered
 from cnf.transforms.times import Time, as_number, check_end_times, path_times
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from cnf.regularizers import Regularizer
 
 __all__ = ["CNF"]
 
@@ -189,23 +192,31 @@ class CNF(Transform):
         log_det: bool,
     ) -> tuple[Tensor, Tensor]:
         check_choices(choices)
+        if choices.get("steer"):
+            times = steered(times, choices["steer"], choices.get("generator"))
+            choices = {**choices, "steer": 0.0}
         if torch.is_inference_mode_enabled():
             # A divergence needs autograd, which inference mode forbids.
             with torch.inference_mode(False), torch.no_grad():
                 return self._solve(x, context, times, choices, log_det=log_det)
         x, context = normal(x), None if context is None else normal(context)
         self._check_state(x)
-        n = x.ndim - self.event_dims
-        batch, event = x.shape[:n], x.shape[n:]
+        batch_dims = x.ndim - self.event_dims
+        batch, event = x.shape[:batch_dims], x.shape[batch_dims:]
         context = self._batch_context(context, batch, x)
         if context is not None:
             context = context.clone()  # the caller may reuse its memory before backward
         flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
-        end, log_dets = self._integrate(flat, context, times, choices, log_det=log_det)
-        if "variances" in choices and log_dets.shape[1] > 1:
-            by_probe = log_dets[:, 1:]
+        end, found = self._integrate(flat, context, times, choices, log_det=log_det)
+        n = len(_regularizers(choices)) if log_det else 0
+        if n:
+            integrals = found[:, -n:].reshape(*batch, n)
+            backwards = as_number(times[1]) < as_number(times[0])
+            choices["integrals"].append(-integrals if backwards else integrals)  # over |dt|
+        by_probe = found[:, 1 : found.shape[1] - n]
+        if "variances" in choices and by_probe.shape[1]:
             choices["variances"].append((by_probe.var(1) / by_probe.shape[1]).reshape(batch))
-        return end.reshape(x.shape), log_dets[:, 0].reshape(batch)
+        return end.reshape(x.shape), found[:, 0].reshape(batch)
 
     def _integrate(
         self,
@@ -218,13 +229,19 @@ class CNF(Transform):
     ) -> tuple[Tensor, Tensor]:
         """x (B, *event) carried through times, and its log-determinant, zero if not asked.
 
-        (B, 1); or (B, 1 + k), behind it those of each probe, where variances are asked for.
+        (B, 1); or (B, 1 + k + n), behind it those of each probe, where variances are asked for, and
+        the integrals of the regularisers.
         """
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
-        noise = divergence.sample_noise(x, choices.get("generator")) if log_det else None
+        generator = choices.get("generator")
+        noise = divergence.sample_noise(x, generator) if log_det else None
         each = log_det and "variances" in choices and _in_probes(divergence, noise)
-        dynamics = Dynamics(self.field, divergence if log_det else None, each=each)
+        regularizers = _regularizers(choices) if log_det else ()
+        dynamics = Dynamics(
+            self.field, divergence if log_det else None, each=each, regularizers=regularizers
+        )
+        probe = dynamics.sample_probe(x, generator)
         # Through torchdiffeq's adjoint the gradient of constants would be counted twice.
         constants = [] if isinstance(solver, TorchDiffEq) else dynamics.constants(x, noise)
         of_samples, shared = ([], constants) if noise is None else (constants, [])
@@ -234,7 +251,7 @@ class CNF(Transform):
                 x,
                 clock_of(*times, x),
                 solver,
-                args=(context, noise, *of_samples),
+                args=(context, noise, probe, *of_samples),
                 shared=shared,
                 batch_dims=1,
                 controlled=1,
@@ -242,8 +259,8 @@ class CNF(Transform):
             )
         except SolverError as error:
             raise self._explained(error) from error.__cause__
-        log_dets = solution.quadratures
-        return solution.x, x.new_zeros(len(x), 1) if log_dets is None else log_dets
+        found = solution.quadratures
+        return solution.x, x.new_zeros(len(x), 1) if found is None else found
 
     def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
         """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
@@ -281,6 +298,11 @@ class CNF(Transform):
             if error.status == "non_finite_field" and not parameter.isfinite().all():
                 return error.explained(f"The parameter {name} is not finite.")
         return error
+
+
+def _regularizers(choices: Choices) -> tuple[Regularizer, ...]:
+    """What is to be integrated, where somebody takes the integrals."""
+    return choices.get("regularizers", ()) if "integrals" in choices else ()
 
 
 def _in_probes(divergence: Divergence, noise: Tensor | None) -> bool:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnf.divergence import BoundField, Divergence, Estimator
+from cnf.divergence import BoundField, Divergence
 from cnf.fields.base import Field
 from cnf.fields.closed_form import offers
+from cnf.noise import draw
 from cnf.ode.rhs import Derivative
+from cnf.regularizers.base import Point, Regularizer, of_each
 
 __all__ = ["Dynamics"]
 
 
 class Dynamics:
-    """(t, x, context, noise, *constants) -> f(t, x, context) and div f, for one solve.
+    """(t, x, context, noise, probe, *constants) -> f(t, x, context) and div f, for one solve.
 
     It keeps the parameters of the moment: a backward pass that evaluates the field again must use
     them even if `torch.func.functional_call` has taken them out of the module since.
@@ -27,12 +29,22 @@ class Dynamics:
         field: f(t, x) or f(t, x, context).
         divergence: how div f is computed; None for values only.
         each: whether the estimate of each probe stands behind the divergence.
+        regularizers: whose integrands stand behind these, one by one.
     """
 
-    def __init__(self, field: Field, divergence: Divergence | None, *, each: bool = False) -> None:
+    def __init__(
+        self,
+        field: Field,
+        divergence: Divergence | None,
+        *,
+        each: bool = False,
+        regularizers: Sequence[Regularizer] = (),
+    ) -> None:
         self.field = field
         self.divergence = divergence
         self.each = each
+        self.regularizers = tuple(regularizers)
+        self.uses_jacobian = any(r.uses_jacobian for r in self.regularizers)
         self.bound = _BoundField(field)
         self.layout: Any = None  # of the constants, None where each evaluation computes its own
 
@@ -40,12 +52,19 @@ class Dynamics:
     def identity(self) -> tuple[Any, Hashable]:
         """The field, and what else its compiled steps depend on."""
         field = self.field if isinstance(self.field, nn.Module) else _code(self.field)
-        return field, (self.divergence, self.each)
+        return field, (self.divergence, self.each, self.regularizers)
 
     @property
     def replaced(self) -> bool:
         """Whether the field holds other tensors than those of the moment."""
         return self.bound.replaced()
+
+    def sample_probe(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """The probe (B, *event) of the Jacobian's norm, where it takes one of its own."""
+        needed = self.divergence is not None and self.uses_jacobian
+        if not (needed and self.divergence.norm_needs_probe(self.bound)):  # type: ignore[union-attr]
+            return None
+        return 2 * draw(torch.randint, 0, 2, x.shape, like=x, generator=generator) - 1
 
     def constants(self, x: Tensor, noise: Tensor | None) -> list[Tensor]:
         """What does not change in this solve, to be handed to every evaluation."""
@@ -64,10 +83,11 @@ class Dynamics:
         x: Tensor,
         context: Tensor | None = None,
         noise: Tensor | None = None,
+        probe: Tensor | None = None,
         *constants: Tensor,
     ) -> Derivative:
-        """dx (B, *event) and the divergence (B, 1), with the probes' estimates (B, k) or None."""
-        return self._evaluate(self.bound, t, x, context, noise, constants)
+        """dx (B, *event) and None, or the divergence (B, 1) and what is asked for behind it."""
+        return self._evaluate(self.bound, t, x, context, noise, probe, constants)
 
     def with_own_times(
         self,
@@ -75,11 +95,12 @@ class Dynamics:
         x: Tensor,
         context: Tensor | None = None,
         noise: Tensor | None = None,
+        probe: Tensor | None = None,
         *constants: Tensor,
     ) -> Derivative:
         """The same at one time a sample, t (B,)."""
         field = _EachInTime(self.bound, constants_too=noise is not None)
-        return self._evaluate(field, t, x, context, noise, constants)
+        return self._evaluate(field, t, x, context, noise, probe, constants)
 
     def _evaluate(
         self,
@@ -88,17 +109,23 @@ class Dynamics:
         x: Tensor,
         context: Tensor | None,
         noise: Tensor | None,
+        probe: Tensor | None,
         constants: tuple[Tensor, ...],
     ) -> Derivative:
         if self.divergence is None:
             return field(t, x, context), None
         given = None if self.layout is None else _arranged(self.layout, iter(constants))
-        if not isinstance(self.divergence, Estimator):
-            dx, div = self.divergence(field, t, x, context, noise, given)
-            return dx, div.unsqueeze(-1)
-        dx, each = self.divergence.estimates(field, t, x, context, noise, given)
+        square = None
+        if self.uses_jacobian:
+            dx, each, square = self.divergence.with_norm(field, t, x, context, noise, given, probe)
+        else:
+            dx, each = self.divergence.estimates(field, t, x, context, noise, given)
         mean = each if each.shape[1] == 1 else each.mean(1, keepdim=True)
-        return dx, torch.cat((mean, each), 1) if self.each else mean
+        columns = [mean, each] if self.each else [mean]
+        if self.regularizers:
+            point = Point(field, t, x, context, dx, square)
+            columns += [of_each(r, point).unsqueeze(-1) for r in self.regularizers]
+        return dx, mean if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def _flattened(constants: Any, found: list[Tensor]) -> Any:
@@ -121,11 +148,12 @@ def _arranged(layout: Any, tensors: Iterator[Tensor]) -> Any:
     return tuple(_arranged(part, tensors) for part in layout)
 
 
-_CLOSED_FORMS = (
+_METHODS = (
     "divergence_constants",
     "with_divergence",
     "quadratic_form_constants",
     "with_quadratic_form",
+    "potential_gradient",
 )
 
 
@@ -138,7 +166,7 @@ class _BoundField:
         self.field = field
         self.closed_form = offers(field, "closed_form")
         self.closed_quadratic_form = offers(field, "closed_quadratic_form")
-        for name in _CLOSED_FORMS:
+        for name in _METHODS:
             if hasattr(field, name):
                 setattr(self, name, partial(self._call, name))
         self.tensors: dict[str, Tensor] = {}
@@ -193,10 +221,10 @@ class _EachInTime:
         self.constants_too = constants_too  # whether they belong to samples
         self.closed_form = field.closed_form
         self.closed_quadratic_form = field.closed_quadratic_form
-        for name in _CLOSED_FORMS:
+        for name in _METHODS:
             if hasattr(field, name):
                 setattr(self, name, getattr(field, name))
-        for name in ("with_divergence", "with_quadratic_form"):
+        for name in ("with_divergence", "with_quadratic_form", "potential_gradient"):
             if hasattr(field, name):
                 setattr(self, name, partial(self._with_form, name))
 
@@ -207,11 +235,12 @@ class _EachInTime:
         self, method: str, t: Tensor, x: Tensor, context: Tensor | None, *constants: Any
     ) -> tuple[Tensor, Tensor]:
         own: list[Tensor] = []
-        layout = _flattened(constants, own) if self.constants_too else None
+        of_samples = self.constants_too and bool(constants)
+        layout = _flattened(constants, own) if of_samples else None
 
         def single(t: Tensor, x: Tensor, context: Tensor | None, *own: Tensor) -> Any:
             given = constants
-            if self.constants_too:
+            if of_samples:
                 given = _arranged(layout, iter([c[None] for c in own]))
             dx, form = getattr(self.field, method)(t, x, context, *given)
             return dx[0], form[0]

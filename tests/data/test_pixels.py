@@ -1,4 +1,4 @@
-"""Fewer bits and mirrored images."""
+"""Fewer bits, mirrored images, and binary ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cnf.data import random_horizontal_flip, reduce_bits
+from cnf.data import random_binarization, random_horizontal_flip, reduce_bits
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -80,3 +80,47 @@ def test_flip_refuses():
     for wrong in ([1], None, images.numpy()):
         with pytest.raises(TypeError, match=r"\(B, C, H, W\), got \w+; use torch.as_tensor"):
             random_horizontal_flip(wrong)
+
+
+@pytest.mark.parametrize(("levels", "dtype"), [(256, torch.uint8), (17, torch.int64), (2, None)])
+def test_pixels_are_white_as_often_as_their_grey_level_says(levels, dtype):
+    grey = torch.linspace(0, levels - 1, 11)
+    grey = grey if dtype is None else grey.round().to(dtype)
+    images, before = grey.expand(20_000, 11), grey.clone()
+    binary = random_binarization(images, torch.Generator().manual_seed(0), levels)
+    assert binary.dtype == grey.dtype
+    assert set(binary.unique().tolist()) == {0, 1}
+    p = grey.double() / (levels - 1)
+    error = (p * (1 - p) / 20_000).sqrt()
+    assert ((binary.double().mean(0) - p).abs() <= 4.5 * error).all()  # black and white stay so
+    assert torch.equal(grey, before)
+
+
+def test_black_stays_black_and_white_white_whatever_is_drawn(monkeypatch):
+    images = torch.tensor([0, 255], dtype=torch.uint8)
+    for drawn in (0.0, 1 - 2**-24):  # the least and the greatest that torch.rand gives
+        monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn, **_: torch.full(n, drawn))
+        assert random_binarization(images).tolist() == [0, 1]
+
+
+def test_binarization_is_that_of_the_generator():
+    images = torch.randint(256, (30, 1, 2, 2), dtype=torch.uint8)
+    state = torch.get_rng_state()
+    first = random_binarization(images, torch.Generator().manual_seed(0))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, random_binarization(images, torch.Generator().manual_seed(0)))
+    assert not torch.equal(first, random_binarization(images, torch.Generator().manual_seed(1)))
+    assert random_binarization(images[:0]).shape == (0, 1, 2, 2)
+
+
+def test_binarization_refuses():
+    for levels in (1, 2.0, True, "256"):
+        with pytest.raises(ValueError, match=r"levels=.* must be an integer of 2 or more"):
+            random_binarization(torch.zeros(2), levels=levels)
+    with pytest.raises(ValueError, match=r"0 to 16 for levels=17, got values from 0 to 255; give"):
+        random_binarization(torch.tensor([0, 255], dtype=torch.uint8), levels=17)
+    for wrong in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="images must hold pixels from 0 to 1"):
+            random_binarization(torch.tensor([wrong]), levels=2)
+    with pytest.raises(TypeError, match="images must be a tensor, got list; use torch"):
+        random_binarization([0, 1])

@@ -29,5 +29,6 @@ def run_here(monkeypatch, capsys):
 
     yield run
     torch.set_num_threads(threads)
-    for name in ("common", "models", "images"):  # bench and tests may have some of that name
+    own = ("common", "models", "objectives", "images")
+    for name in own:  # bench and tests may have some of that name
         sys.modules.pop(name, None)

@@ -16,7 +16,7 @@ import cnf
 from cnf.objectives.couplings import OptimalTransport
 from cnf.objectives.paths import PATHS, Linear, Path, as_path
 from cnf.objectives.terms import record_terms
-from cnf.objectives.time_sampling import TIME_SAMPLING, LogitNormal, Stratified
+from cnf.objectives.time_sampling import TIME_SAMPLING, LogitNormal, LogUniform, Stratified
 from cnf.transforms import Diagonal
 
 MEAN, STD = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 1.5]).double()
@@ -218,6 +218,17 @@ def test_logit_normal_times() -> None:
     assert abs(t.logit().std() - 2.0) < 0.05
 
 
+def test_log_uniform_times_have_their_density() -> None:
+    epsilon = 0.05
+    t = LogUniform(epsilon)(200_000, like=torch.zeros(()).double(), generator=None)
+    assert 0 <= t.min() <= t.max() <= 1
+    edges = torch.tensor([0.0, 0.3, 0.6, 0.9, 0.97, 1.0]).double()
+    far = ((1 - edges + epsilon) / epsilon).log()  # the distribution function, from the other end
+    expected = (far[:-1] - far[1:]) / far[0]
+    found = torch.histogram(t, edges).hist / len(t)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_optimal_transport_pairs_reach_the_loss() -> None:
     """With one data point for each base point the straight paths of the best pairs are all."""
     torch.manual_seed(0)
@@ -358,6 +369,7 @@ def nothing(*args: Any, **choices: Any) -> None:
         (lambda: cnf.FlowMatching(cnf.FFJORD(2), time_sampling=3), TypeError, "time_sampling"),
         (lambda: OptimalTransport(regularization=-1.0), ValueError, "regularization=-1.0"),
         (lambda: LogitNormal(std=0.0), ValueError, "std=0.0"),
+        (lambda: LogUniform(0.0), ValueError, "epsilon=0.0"),
         (lambda: PATHS["variance-preserving"](2.0, 1.0), ValueError, "beta_min <= beta_max"),
     ],
 )

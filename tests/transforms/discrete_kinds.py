@@ -23,6 +23,7 @@ from cnf.transforms import (
     Conv1x1,
     Coupling,
     Diagonal,
+    Interval,
     Inverse,
     Linear,
     LULinear,
@@ -298,6 +299,11 @@ CONTAINERS = [
     squeeze("channel", (2, 2, 4), base=(8, 1, 2), **VOLUME),
     squeeze("checkerboard", (2, 2, 4), "checkerboard", base=(8, 1, 2), **VOLUME),
     Kind("sigmoid", lambda: Compose(Diagonal(3), Sigmoid(0.05)), domain=torch.sigmoid),
+    Kind(
+        "interval",
+        lambda: Compose(Diagonal(3), Interval(-2, 3, columns=(0, 2)), Permutation(3)),
+        domain=lambda x: torch.where(torch.tensor([1, 0, 1]) > 0, 5 * torch.sigmoid(x) - 2, x),
+    ),
     Kind("split", lambda: Split(LULinear(2), 3), **UNTRACED),
     Kind(
         "split-context",
