@@ -35,10 +35,10 @@ UNRELATED = frozenset(  # to the training
 )
 PLANE: dict[str, Any] = {"batch_size": 512, "ema_decay": 0.99}
 PLANE_MATCHING: dict[str, Any] = {
-    "steps": 12_000,
+    "steps": 5000,
     "batch_size": 1024,
-    "lr": 5e-3,
-    "ema_decay": 0.999,
+    "lr": 1e-2,
+    "ema_decay": 0.995,
     "hidden": [128, 128],
     "time_sampling": "log-uniform",
     "optimizer": MATCHING_OPTIMIZER,
@@ -231,7 +231,7 @@ def train(
             folder,
             validate,
             patience=patience,
-            validate_every=max(validate_every, run.steps // 10 if stage == "flow-matching" else 1),
+            validate_every=max(validate_every, run.steps // 4 if stage == "flow-matching" else 1),
             clip_grad_norm=10.0,
         )
         results.append(result)

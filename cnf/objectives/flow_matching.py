@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from cnf.objectives.couplings import Coupling, as_coupling
 from cnf.objectives.paths import Path, as_path
 from cnf.objectives.terms import log_terms
 from cnf.objectives.time_sampling import TimeSampling, as_sampling
-from cnf.transforms.base import Compose, Transform
+from cnf.transforms.base import Choices, Compose, Transform
 from cnf.transforms.context import expand_context
 from cnf.transforms.continuous import CNF
 from cnf.transforms.times import as_number
@@ -80,9 +80,13 @@ class FlowMatching(nn.Module):
         self.coupling = as_coupling(coupling)
         self.path = as_path(path)
         self.time_sampling = as_sampling(time_sampling)
-        _, cnf, _ = _parts(flow)
+        cnf = _parts(flow)[1]
         _span(cnf)
-        if others := [name for name, _ in self._others()]:
+        if hidden := sum(isinstance(part, CNF) for part in flow.modules()) - 1:
+            raise _not_one(1 + hidden, hidden)
+        known = {id(p) for p in _trained(cnf)}
+        named = [(name, p) for name, p in flow.named_parameters() if p.requires_grad]
+        if others := [name for name, p in named if id(p) not in known]:
             some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             warn(
                 f"flow matching trains the field alone: {len(others)} other parameters of the flow "
@@ -115,14 +119,14 @@ class FlowMatching(nn.Module):
         x0, x1, context = self._ends(x, context, generator)
         x0 = x0[_indices(self.coupling(x0, x1, context, generator=generator), x1)]
         s = _times(self.time_sampling(len(x1), like=x1, generator=generator), x1)  # (B,)
-        _, cnf, _ = _parts(self.flow)
+        cnf = _parts(self.flow)[1]
         start, span = _span(cnf)
         x_s, velocity = self.path(s, x0, x1)
         dx = at_own_times(cnf.field, start + span * s, x_s, context)
         _check_derivative(dx, x_s)
         loss = (span * dx - velocity).square().mean()
         log_terms(flow_matching=loss)
-        return self._with_zeros(loss)
+        return self._with_zeros(loss, cnf)
 
     @torch.no_grad()
     def _ends(
@@ -152,23 +156,16 @@ class FlowMatching(nn.Module):
         cnf._check_state(x1)
         return x0.to(x1.dtype), x1, own
 
-    def _others(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters outside the field that require grad, by name."""
-        _, cnf, _ = _parts(self.flow)
-        field = cnf.field.parameters() if isinstance(cnf.field, nn.Module) else ()
-        known = {id(p) for p in field}
-        for name, parameter in self.flow.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known:
-                yield name, parameter
-
-    def _with_zeros(self, loss: Tensor) -> Tensor:
+    def _with_zeros(self, loss: Tensor, cnf: CNF) -> Tensor:
         """The same loss, of which all parameters are part, as DDP wants it."""
-        for _, parameter in self._others():
-            loss = loss + 0.0 * parameter.sum()
+        known = {id(p) for p in _trained(cnf)}
+        for parameter in self.flow.parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                loss = loss + 0.0 * parameter.sum()
         return loss
 
 
-def _noise(generator: torch.Generator | None) -> dict[str, torch.Generator]:
+def _noise(generator: torch.Generator | None) -> Choices:
     return {} if generator is None else {"generator": generator}
 
 
@@ -185,14 +182,23 @@ def _parts(flow: Flow) -> tuple[list[Transform], CNF, list[Transform]]:
     """What stands before the CNF of a flow, the CNF, and what stands behind it."""
     row = list(_row(flow.transform))
     found = [i for i, part in enumerate(row) if isinstance(part, CNF)]
-    hidden = sum(isinstance(part, CNF) for part in flow.modules()) - len(found)
-    if len(found) != 1 or hidden:
-        raise TypeError(
-            f"flow matching trains the field of one CNF, but the flow has {len(found) + hidden}, "
-            f"{hidden} of them within other transforms than Compose; use cnf.FFJORD(..., blocks=1) "
-            "or cnf.Flow(base, cnf.CNF(field)), or train this flow by cnf.MaximumLikelihood"
-        )
+    if len(found) != 1:
+        total = sum(isinstance(part, CNF) for part in flow.modules())
+        raise _not_one(total, total - len(found))
     return row[: found[0]], cast(CNF, row[found[0]]), row[found[0] + 1 :]
+
+
+def _not_one(total: int, hidden: int) -> TypeError:
+    return TypeError(
+        f"flow matching trains the field of one CNF, but the flow has {total}, {hidden} of them "
+        "within other transforms than Compose; use cnf.FFJORD(..., blocks=1) or "
+        "cnf.Flow(base, cnf.CNF(field)), or train this flow by cnf.MaximumLikelihood"
+    )
+
+
+def _trained(cnf: CNF) -> Iterable[nn.Parameter]:
+    """The parameters that flow matching trains."""
+    return cnf.field.parameters() if isinstance(cnf.field, nn.Module) else ()
 
 
 def _span(cnf: CNF) -> tuple[float, float]:

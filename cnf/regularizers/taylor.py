@@ -96,8 +96,8 @@ def total_derivative(g: Function, t: Tensor, x: Tensor, dx: Tensor) -> Tensor:
         tensor([[16.]])
     """
     if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
-        _, pullback = torch.func.vjp(g, t, x)
-        _, forward = torch.func.vjp(pullback, torch.zeros_like(x))
+        _, pullback = torch.func.vjp(g, t, x)  # type: ignore[misc]
+        _, forward = torch.func.vjp(pullback, torch.zeros_like(x))  # type: ignore[misc]
         tangent: Tensor = forward((torch.ones_like(t), dx))[0]
         return tangent
     differentiable = torch.is_grad_enabled()
