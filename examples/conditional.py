@@ -16,27 +16,27 @@ from typing import Any
 
 import torch
 from common import (
-    UNRELATED,
     complete,
     default_out,
-    device_of,
     goes_on,
     parameters,
     parser,
     prepare,
     run_example,
-    schedule,
     standard_error,
+    train_flow,
+    write_report,
 )
-from models import MODELS, flow_solver, optional
+from models import flow_solver
+from objectives import MATCHING_OPTIMIZER, add_optimizer
 from torch import Tensor, nn
 
 import cnf
 from cnf.calibration import Calibration, c2st, simulation_based_calibration
 from cnf.data import LinearGaussian, Simulator, TwoMoons
-from cnf.objectives.time_sampling import Stratified
+from cnf.objectives.time_sampling import TIME_SAMPLING
 from cnf.plotting import plot_calibration, plot_posteriors, plot_training
-from cnf.training import FitResult, fit, load_weights
+from cnf.training import FitResult
 
 REFERENCE = cnf.Solver("dopri5", rtol=1e-5, atol=1e-5)  # how every final figure is computed
 DRAWS = 99  # from each posterior, for its calibration: 100 ranks, in 20 bins of 5
@@ -49,19 +49,20 @@ PROBLEMS: dict[str, Simulator] = {
 }
 OBJECTIVES = ("likelihood", "flow-matching")
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("linear-gaussian", "likelihood"): {"steps": 300, "lr": 1e-2, "hidden": [32, 32]},
-    ("linear-gaussian", "flow-matching"): {"steps": 3000, "lr": 1e-2, "hidden": [32, 32]},
-    ("two-moons", "likelihood"): {"steps": 800, "lr": 1e-2, "hidden": [64, 64], "fineness": 20.0},
-    ("two-moons", "flow-matching"): {
-        "steps": 25_000,
-        "lr": 3e-3,
-        "hidden": [128, 128],
-        "ema_decay": 0.999,
-        "fineness": 20.0,
-        "late": 1.0,
-    },
+    ("linear-gaussian", "likelihood"): {"steps": 300, "hidden": [32, 32]},
+    ("linear-gaussian", "flow-matching"): {"steps": 3000, "hidden": [32, 32]},
+    ("two-moons", "likelihood"): {"steps": 600, "hidden": [64, 64]},
+    ("two-moons", "flow-matching"): {"steps": 8000, "hidden": [128, 128], "ema_decay": 0.995},
 }
-ALL = {"ema_decay": 0.99, "batch_size": 512, "fineness": 1.0, "late": 0.0}
+ALL = {
+    "lr": 1e-2,
+    "batch_size": 512,
+    "ema_decay": 0.99,
+    "optimizer": MATCHING_OPTIMIZER,
+    "time_sampling": "log-uniform",
+}
+SIZES = {"test_size": 2, "calibration_size": 1, "observations": 1, "c2st_samples": 10}
+"""Those of the test, and the least of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def main() -> int:
         for objective in dict.fromkeys(args.objective)
     ]
     for run in runs:  # what cannot be built is better known before the first is trained
-        build(run)
+        objective_of(run)
     out = args.out or default_out("conditional", "-".join(dict.fromkeys(args.problem)))
     found = read_rows(out) if args.resume else {}
     trained: dict[str, cnf.Flow] = {}
@@ -166,7 +167,7 @@ def main() -> int:
 
 def conditional_flags() -> argparse.ArgumentParser:
     """The flags; those left open have defaults by problem and objective."""
-    flags = parser(__doc__, fields=(), test_size=2000)
+    flags = parser(__doc__, fields=())
     flags.add_argument(
         "--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="what is simulated"
     )
@@ -177,17 +178,9 @@ def conditional_flags() -> argparse.ArgumentParser:
         default=list(OBJECTIVES),
         help="what the flow is trained by",
     )
-    flags.add_argument(
-        "--fineness",
-        type=float,
-        help="of the field's first features: a factor of its weights of parameters and observation",
-    )
-    flags.add_argument(
-        "--late",
-        type=float,
-        help="flow matching's times are 1 - u^(1 + this), u uniform: above 0 more near the data",
-    )
-    flags.add_argument("--test-size", type=int, help="pairs to test on")
+    add_optimizer(flags)
+    flags.add_argument("--time-sampling", choices=TIME_SAMPLING, help="in flow matching")
+    flags.add_argument("--test-size", type=int, default=2000, help="pairs to test on")
     flags.add_argument(
         "--calibration-size", type=int, default=300, help="pairs to judge the calibration by"
     )
@@ -200,10 +193,9 @@ def conditional_flags() -> argparse.ArgumentParser:
         default=2000,
         help="of each posterior, for C2ST and pictures; the benchmark has 10000",
     )
-    flags.set_defaults(objective=list(OBJECTIVES), test_size=2000)
     words = [
-        f"{'/'.join(names)}: {', '.join(f'{k} {v}' for k, v in d.items())}"
-        for names, d in DEFAULTS.items()
+        f"{name}: {', '.join(f'{k} {v}' for k, v in defaults.items())}"
+        for name, defaults in {**{"/".join(k): d for k, d in DEFAULTS.items()}, "else": ALL}.items()
     ]
     flags.epilog = f"Flags that are not given (None) have defaults: {'; '.join(words)}."
     return flags
@@ -211,20 +203,12 @@ def conditional_flags() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what would otherwise be found after the training."""
-    for name, least in (
-        ("test_size", 2),
-        ("calibration_size", 1),
-        ("observations", 1),
-        ("c2st_samples", 10),
-        ("late", 0),
-    ):
+    for name, least in SIZES.items():
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value < least:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be {least} or more")
-    if args.late is not None and "flow-matching" not in args.objective:
-        raise ValueError("--late has no effect on likelihood; leave it out")
-    if args.fineness is not None and not args.fineness > 0:
-        raise ValueError(f"--fineness={args.fineness} must be positive")
+    if args.time_sampling is not None and "flow-matching" not in args.objective:
+        raise ValueError("--time-sampling has no effect on likelihood; leave it out")
 
 
 def of_run(args: argparse.Namespace, problem: str, objective: str) -> argparse.Namespace:
@@ -235,13 +219,9 @@ def of_run(args: argparse.Namespace, problem: str, objective: str) -> argparse.N
 
 
 def build(args: argparse.Namespace) -> cnf.FFJORD:
-    """The flow of the parameters, given an observation.
-
-    The posterior of two moons is a hundredth of its box thick, and where it is depends on c. From
-    the usual initial weights a network takes long to become as fine, by any objective.
-    """
+    """The flow of the parameters, given an observation."""
     simulator = PROBLEMS[args.problem]
-    flow = cnf.FFJORD(
+    return cnf.FFJORD(
         simulator.features,
         args.hidden,
         blocks=args.blocks,
@@ -249,66 +229,35 @@ def build(args: argparse.Namespace) -> cnf.FFJORD:
         divergence=None if args.trace == "auto" else args.trace,
         solver=flow_solver(args),
     )
-    with torch.no_grad():
-        for field in (part for part in flow.modules() if isinstance(part, cnf.MLPField)):
-            weight = field.network[0].weight  # (H, D + times + C)
-            weight[:, : simulator.features] *= args.fineness
-            weight[:, -simulator.context :] *= args.fineness
-    return flow
 
 
-def objective_of(args: argparse.Namespace, flow: cnf.Flow) -> nn.Module:
-    """What the flow is trained by."""
+def objective_of(args: argparse.Namespace) -> nn.Module:
+    """What a new flow is trained by."""
+    flow = build(args)
     if args.objective == "likelihood":
         return cnf.MaximumLikelihood(flow)
-
-    def times(n: int, *, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        u = Stratified()(n, like=like, generator=generator)
-        return 1 - (1 - u) ** (1 + args.late)
-
-    return cnf.FlowMatching(flow, time_sampling=times)
+    return cnf.FlowMatching(flow, time_sampling=args.time_sampling)
 
 
 def train(args: argparse.Namespace, out: Path) -> tuple[cnf.Flow, FitResult]:
-    """Train that flow on pairs that are simulated for it; return its best averaged weights."""
+    """Train a flow on pairs that are simulated for it; return it with its best averaged weights."""
     prepare(args)
-    simulator, flow = PROBLEMS[args.problem], build(args)
     x, c = pairs(args, VALIDATION, 1)
 
     @torch.no_grad()
-    def validate(averaged: nn.Module) -> float:
-        log_prob = averaged.flow.log_prob(*on_device(flow, x, c), divergence="exact")
+    def validate(averaged: cnf.Flow) -> float:
+        log_prob = averaged.log_prob(*on_device(averaged, x, c), divergence="exact")
         return -log_prob.mean().item()
 
-    def simulate(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return simulator.sample(size, generator)
-
-    optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
-    unread = {*UNRELATED, *(optional(MODELS) - MODELS["ffjord"].takes)}
-    unread |= {"calibration_size", "observations", "c2st_samples"}
-    result = fit(
-        objective_of(args, flow),
-        simulate,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        optimizer=optimizer,
-        scheduler=schedule(optimizer, args.steps),
+    return train_flow(
+        argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in SIZES}),
+        objective_of(args),
+        PROBLEMS[args.problem].sample,
+        out,
+        validate,
         clip_grad_norm=10.0,
-        ema_decay=args.ema_decay,
-        validate=validate,
         validate_every=max(1, args.steps // 10),
-        max_time=args.max_time,
-        out=out,
-        resume=args.resume,
-        config={k: v for k, v in vars(args).items() if k not in unread},
-        seed=args.seed,
-        device=device_of(args.device),
     )
-    if result.signal is not None:
-        print(f"Stopped at step {result.step}, saved in {out}. Go on with --resume.")
-    else:
-        load_weights(flow, result.best or out / "last.safetensors", prefix="flow")
-    return flow, result
 
 
 def pairs(args: argparse.Namespace, n: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -406,8 +355,7 @@ def report(rows: list[Row], failed: list[str], args: argparse.Namespace, out: Pa
         f"{args.observations} observations",
         *failed,
     ]
-    print("\n" + "\n".join(text))
-    (out / "report.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_report(text, out)
 
 
 def draw(
@@ -426,10 +374,10 @@ def draw(
         run = of_run(args, problem, objective)
         true, found = posteriors(run, trained[key], SHOWN, args.c2st_samples)
         samples |= {"true posterior": true[..., :2], objective: found[..., :2]}
-    parameters, _ = pairs(run, SHOWN, 4)
+    x, _ = pairs(run, SHOWN, 4)
     figures = {
         "calibration": plot_calibration({o: judged[key] for o, key in runs.items()}),
-        "posterior": plot_posteriors(samples, parameters[:, :2]),
+        "posterior": plot_posteriors(samples, x[:, :2]),
         "training": plot_training({o: out / key / "log.jsonl" for o, key in runs.items()}),
     }
     for name, figure in figures.items():

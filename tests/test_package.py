@@ -239,6 +239,10 @@ USES: dict[str, tuple[Callable[[], object], Callable[[object], Tensor]]] = {
         lambda: cnf.ReverseKL(cnf.FFJORD(2, hidden=(8,)), potential(1).log_density, samples=8),
         lambda f: f(generator=torch.Generator().manual_seed(0)),
     ),
+    "FlowMatching": (
+        lambda: cnf.FlowMatching(flow()),
+        lambda f: f(x, generator=torch.Generator().manual_seed(0)),
+    ),
     "MaximumLikelihood": (lambda: cnf.MaximumLikelihood(flow()), lambda f: f(x)),
     **{
         name: (

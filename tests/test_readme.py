@@ -56,6 +56,15 @@ def test_flows_of_integers_run() -> None:
     assert str(names["images"].dtype) == "torch.uint8"
 
 
+def test_ways_to_train_run(recwarn: pytest.WarningsRecorder) -> None:
+    names: dict[str, object] = {}
+    for block in (0, 6, 7):
+        exec(BLOCKS[block], names)
+    assert "effective samples" in str(names["estimate"])
+    assert names["bound"].shape == (10,)
+    assert all("effective sample size" in str(warning.message) for warning in recwarn)
+
+
 def test_own_fields_run() -> None:
     import torch
 
@@ -70,5 +79,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[6], names)
+    exec(BLOCKS[8], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

@@ -27,16 +27,16 @@ TIGHT = Solver("dopri8", rtol=1e-10, atol=1e-10)
 GENERAL = [KineticEnergy(1), JacobianFrobenius(1), TaylorDerivative(2, 1), TaylorDerivative(3, 1)]
 PRODUCTS = cnf.Exact(closed_form=False)
 SOLVERS = {
-    "backprop": Solver(rtol=1e-4, atol=1e-4),
-    "checkpoint": Solver(rtol=1e-4, atol=1e-4, gradient="checkpoint"),
-    "adjoint": Solver(rtol=1e-4, atol=1e-4, gradient="adjoint"),
-    "independent": Solver(rtol=1e-4, atol=1e-4, batch="independent"),
+    "backprop": Solver(rtol=1e-3, atol=1e-3),
+    "checkpoint": Solver(rtol=1e-3, atol=1e-3, gradient="checkpoint"),
+    "adjoint": Solver(rtol=1e-3, atol=1e-3, gradient="adjoint"),
+    "independent": Solver(rtol=1e-3, atol=1e-3, batch="independent"),
     "independent checkpoint": Solver(
-        rtol=1e-4, atol=1e-4, batch="independent", gradient="checkpoint"
+        rtol=1e-3, atol=1e-3, batch="independent", gradient="checkpoint"
     ),
     "fixed": Solver("rk4", steps=6),
-    "torchdiffeq": TorchDiffEq(rtol=1e-4, atol=1e-4),
-    "torchdiffeq adjoint": TorchDiffEq(rtol=1e-4, atol=1e-4, gradient="adjoint"),
+    "torchdiffeq": TorchDiffEq(rtol=1e-3, atol=1e-3),
+    "torchdiffeq adjoint": TorchDiffEq(rtol=1e-3, atol=1e-3, gradient="adjoint"),
 }
 
 
@@ -140,33 +140,39 @@ def truth(field, regularizer, x, start, end):
 
 
 @pytest.mark.parametrize("method", ["forward_and_log_det", "inverse_and_log_det"])
-@pytest.mark.parametrize("regularizer", GENERAL, ids=lambda r: r.name)
 @pytest.mark.parametrize("kind", [Matrix, Wave])
-def test_integrals_along_known_paths_and_their_gradients(kind, regularizer, method):
+def test_integrals_along_known_paths_and_their_gradients(kind, method):
     field, x = kind(), normal(4, 3, seed=5).requires_grad_()
     transform = cnf.CNF(field, PRODUCTS, TIGHT, times=(0.2, 1.1))
     start, end = (0.2, 1.1) if method.startswith("forward") else (1.1, 0.2)
-    found = integrals_of(transform, x, [regularizer], method=method).squeeze(-1)
-    expected = truth(field, regularizer, x, start, end)
-    assert found.shape == (4,)
-    assert (found > 0).all()
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    integrals = integrals_of(transform, x, GENERAL, method=method)
+    assert integrals.shape == (4, len(GENERAL))
+    assert (integrals > 0).all()
     inputs, weights = [x, *field.parameters()], torch.linspace(0.5, 1.5, 4, dtype=x.dtype)
-    grads, truths = (
-        torch.autograd.grad((weights * v).sum(), inputs, allow_unused=True, materialize_grads=True)
-        for v in (found, expected)
-    )
-    for grad, true in zip(grads, truths, strict=True):
-        torch.testing.assert_close(grad, true, rtol=1e-7, atol=1e-8)
+    for found, regularizer in zip(integrals.unbind(-1), GENERAL, strict=True):
+        expected = truth(field, regularizer, x, start, end)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+        slopes, truths = (
+            torch.autograd.grad(
+                (weights * v).sum(),
+                inputs,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for v in (found, expected)
+        )
+        for slope, true in zip(slopes, truths, strict=True):
+            torch.testing.assert_close(slope, true, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize(
     "solver",
     [
-        Solver("rk4", steps=30),
-        Solver(rtol=1e-8, atol=1e-8),
-        Solver(rtol=1e-8, atol=1e-8, batch="independent"),
-        TorchDiffEq(rtol=1e-8, atol=1e-8),
+        Solver("rk4", steps=15),
+        Solver(rtol=1e-6, atol=1e-6),
+        Solver(rtol=1e-6, atol=1e-6, batch="independent"),
+        TorchDiffEq(rtol=1e-6, atol=1e-6),
     ],
     ids=["fixed", "adaptive", "independent", "torchdiffeq"],
 )
@@ -247,16 +253,27 @@ def test_integrals_along_a_tight_path(name):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=0, msg=r.name)
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
-@pytest.mark.parametrize("divergence", ["exact", PRODUCTS, "hutchinson"], ids=str)
-@pytest.mark.parametrize("name", ["mlp", "potential"])
+@pytest.mark.parametrize(
+    ("name", "divergence", "gradient"),
+    [
+        ("mlp", "exact", "backprop"),
+        ("mlp", PRODUCTS, "backprop"),
+        ("mlp", "hutchinson", "checkpoint"),
+        ("mlp", PRODUCTS, "adjoint"),
+        ("potential", "exact", "checkpoint"),
+        ("potential", PRODUCTS, "backprop"),
+        ("potential", "hutchinson", "backprop"),
+        ("potential", "hutchinson", "adjoint"),
+    ],
+    ids=str,
+)
 def test_gradients_against_central_differences(name, divergence, gradient):
     """In parameters, x, context and learned times, at fixed noise."""
     torch.manual_seed(0)
-    field = randomised(FIELDS[name]())
+    field = randomised(FIELDS[name](), std=0.3 if gradient == "adjoint" else 0.5)
     regularizers = [*GENERAL[:3], *([HJBResidual(1)] if name == "potential" else [])]
     times = tuple(nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in (0.1, 0.8))
-    solver = Solver("rk4", steps=10 if gradient == "adjoint" else 2, gradient=gradient)
+    solver = Solver("rk4", steps=8 if gradient == "adjoint" else 2, gradient=gradient)
     transform = cnf.CNF(field, divergence, solver, times=times)
     x, context = normal(3, 2).requires_grad_(), normal(3, 2, seed=1).requires_grad_()
     weights = torch.linspace(0.5, 1.5, len(regularizers), dtype=x.dtype)
@@ -265,22 +282,18 @@ def test_gradients_against_central_differences(name, divergence, gradient):
     def loss():
         return (integrals_of(transform, x, regularizers, context) * weights).sum()
 
-    grads, h = torch.autograd.grad(loss(), inputs), 1e-5
-    for part in (inputs[:1], inputs[1:2], inputs[2:4], inputs[4:]):  # x, context, times, field
-        own = [grad for v, grad in zip(inputs, grads, strict=True) if any(v is p for p in part)]
-        directions = [torch.randn_like(v) for v in part]
+    slopes, h = torch.autograd.grad(loss(), inputs), 1e-5
+    loose = 0.03 if gradient == "adjoint" else 1e-6
+    for part in (slice(0, 1), slice(1, 2), slice(2, 4), slice(4, None)):  # x, context, times, field
+        directions = [torch.randn_like(v) for v in inputs[part]]
+        slope = sum((g * d).sum() for g, d in zip(slopes[part], directions, strict=True))
         ends = []
-        for step in (h, -2 * h):
-            with torch.no_grad():
-                for v, direction in zip(part, directions, strict=True):
-                    v.add_(step * direction)
-                ends.append(loss())
         with torch.no_grad():
-            for v, direction in zip(part, directions, strict=True):
-                v.add_(h * direction)
+            for step in (h, -2 * h):
+                torch._foreach_add_(inputs[part], directions, alpha=step)
+                ends.append(loss())
+            torch._foreach_add_(inputs[part], directions, alpha=h)  # back
         difference = (ends[0] - ends[1]) / (2 * h)
-        slope = sum((grad * d).sum() for grad, d in zip(own, directions, strict=True))
-        loose = 0.03 if gradient == "adjoint" else 1e-6
         torch.testing.assert_close(slope, difference, rtol=loose, atol=loose)
 
 
@@ -298,17 +311,29 @@ def outcome(transform, x, context, regularizers):
     return [z, log_det], list(grads), counts
 
 
-@pytest.mark.parametrize("divergence", ["exact", PRODUCTS, "hutchinson", cnf.HutchPlusPlus(1, 2)])
 @pytest.mark.parametrize(
-    ("solver", "dtype"),
-    [(solver, torch.float64) for solver in SOLVERS.values()]
-    + [(SOLVERS["backprop"], torch.float32)],
-    ids=[*SOLVERS, "float32"],
+    ("solver", "divergence", "dtype"),
+    [
+        ("backprop", "exact", torch.float64),
+        ("backprop", PRODUCTS, torch.float32),
+        ("backprop", "hutchinson", torch.float64),
+        ("backprop", cnf.HutchPlusPlus(1, 2), torch.float64),
+        ("checkpoint", PRODUCTS, torch.float64),
+        ("adjoint", "hutchinson", torch.float64),
+        ("independent", "exact", torch.float64),
+        ("independent", PRODUCTS, torch.float64),
+        ("independent", "hutchinson", torch.float32),
+        ("independent checkpoint", "hutchinson", torch.float64),
+        ("fixed", PRODUCTS, torch.float64),
+        ("torchdiffeq", PRODUCTS, torch.float64),
+        ("torchdiffeq adjoint", "hutchinson", torch.float64),
+    ],
+    ids=str,
 )
 def test_the_log_density_is_the_same_bit_for_bit(solver, divergence, dtype):
     """And so are the steps; the gradient but for the order of its sums."""
-    field = randomised(FIELDS["potential"]()).to(dtype)
-    transform = cnf.CNF(field, divergence, solver)
+    field = randomised(cnf.PotentialField(2, (4, 4), context=2)).to(dtype)
+    transform = cnf.CNF(field, divergence, SOLVERS[solver])
     x, context = (normal(3, 2, seed=s).to(dtype).requires_grad_() for s in (0, 1))
     values, grads, counts = outcome(transform, x, context, ())
     found, own, same = outcome(transform, x, context, (*GENERAL[:3], HJBResidual(1)))
@@ -321,35 +346,18 @@ def test_the_log_density_is_the_same_bit_for_bit(solver, divergence, dtype):
 
 @pytest.mark.parametrize("divergence", [PRODUCTS, "hutchinson"], ids=str)
 def test_every_way_to_solve_gives_the_same(divergence):
-    field, found = randomised(FIELDS["potential"]()), {}
+    field, found = randomised(cnf.PotentialField(2, (4,), context=2), std=0.4), {}
     transform, regularizers = cnf.CNF(field, divergence), GENERAL[:3]
     x, context = normal(3, 2).requires_grad_(), normal(3, 2, seed=1).requires_grad_()
     for name, solver in SOLVERS.items():
         if name == "fixed":
-            solver = dataclasses.replace(solver, steps=20)
+            solver = dataclasses.replace(solver, steps=12)
         integrals = integrals_of(transform, x, regularizers, context, solver=solver)
         grads = torch.autograd.grad(integrals.sum(), [x, context, *field.parameters()])
         found[name] = integrals, torch.cat([g.flatten() for g in grads])
     for name, values in found.items():
         for value, expected in zip(values, found["fixed"], strict=True):
             assert (value - expected).norm() <= 0.01 * expected.norm(), name
-
-
-@pytest.mark.parametrize(
-    ("divergence", "regularizers"),
-    [("hutchinson", GENERAL[1:3]), (PRODUCTS, (*GENERAL[:2], HJBResidual(1)))],
-    ids=["closed form", "products"],
-)
-def test_compiled_solves_give_the_same(divergence, regularizers):
-    field = randomised(cnf.PotentialField(2, (4,), context=2), std=0.3)
-    transform = cnf.CNF(field, divergence)
-    x, context, found = normal(5, 2).requires_grad_(), normal(5, 2, seed=1).requires_grad_(), []
-    for solver in (Solver("euler", steps=2, compile=c) for c in (False, True)):
-        integrals = integrals_of(transform, x, regularizers, context, solver=solver)
-        grads = torch.autograd.grad(integrals.sum(), [x, context, *field.parameters()])
-        found.append([integrals, *grads])
-    for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-10)
 
 
 # ---------------------------------------------------------------- products

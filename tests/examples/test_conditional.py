@@ -73,9 +73,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, run_here, monke
         (["--observations", "0"], ["--observations=0"]),
         (["--c2st-samples", "9"], ["--c2st-samples=9"]),
         (["--hidden", "0"], ["hidden", "0"]),
-        (["--late", "-1"], ["--late=-1"]),
-        (["--late", "1", "--objective", "likelihood"], ["--late", "likelihood"]),
-        (["--fineness", "0"], ["--fineness=0"]),
+        (["--time-sampling", "uniform", "--objective", "likelihood"], ["--time-sampling"]),
+        (["--objective", "flow-matching", "--blocks", "2"], ["one CNF", "blocks=1"]),
     ],
 )
 def test_a_wrong_flag_is_told_before_anything_is_trained(tmp_path, run_here, arguments, words):
