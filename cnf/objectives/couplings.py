@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.checks import check_choice, check_number
+from cnf.checks import check_number
 from cnf.noise import draw
+from cnf.objectives.choices import as_function
 from cnf.warn import warn
 
 __all__ = ["COUPLINGS", "Coupling", "Independent", "OptimalTransport", "as_coupling"]
@@ -157,21 +158,10 @@ COUPLINGS: dict[str, Callable[[], Coupling]] = {
 
 
 def as_coupling(coupling: str | Coupling) -> Coupling:
-    """The coupling of that name, or the function itself.
-
-    Raises:
-        TypeError: neither.
-        ValueError: a name that is not known.
-    """
-    if isinstance(coupling, str):
-        check_choice("coupling", coupling, COUPLINGS, ", or a function")
-        return COUPLINGS[coupling]()
-    if not callable(coupling) or isinstance(coupling, type):
-        raise TypeError(
-            "coupling must be a name or a function (x0, x1, context, generator=) -> indices (B,), "
-            f"got {coupling!r}; names are {', '.join(COUPLINGS)}"
-        )
-    return coupling
+    """The coupling of that name, or the function itself; see `as_function`."""
+    return as_function(
+        "coupling", coupling, COUPLINGS, "(x0, x1, context, generator=) -> indices (B,)"
+    )
 
 
 def _require(module: str, package: str) -> ModuleType:

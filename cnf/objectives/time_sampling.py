@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnf.checks import check_choice, check_number, check_positive
+from cnf.checks import check_number, check_positive
 from cnf.noise import draw
+from cnf.objectives.choices import as_function
 
 __all__ = [
     "TIME_SAMPLING",
@@ -141,18 +142,6 @@ TIME_SAMPLING: dict[str, Callable[[], TimeSampling]] = {
 
 
 def as_sampling(sampling: str | TimeSampling) -> TimeSampling:
-    """The way of that name, or the function itself.
-
-    Raises:
-        TypeError: neither.
-        ValueError: a name that is not known.
-    """
-    if isinstance(sampling, str):
-        check_choice("time_sampling", sampling, TIME_SAMPLING, ", or a function")
-        return TIME_SAMPLING[sampling]()
-    if not callable(sampling) or isinstance(sampling, type):
-        raise TypeError(
-            "time_sampling must be a name or a function (n, like=, generator=) -> times (n,), got "
-            f"{sampling!r}; names are {', '.join(TIME_SAMPLING)}"
-        )
-    return sampling
+    """The way of that name, or the function itself; see `as_function`."""
+    form = "(n, like=, generator=) -> times (n,)"
+    return as_function("time_sampling", sampling, TIME_SAMPLING, form)

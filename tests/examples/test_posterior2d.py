@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import cnf
@@ -72,6 +75,27 @@ def test_a_flow_that_fails_is_told_and_the_others_go_on(tmp_path, run_here, monk
     assert "potential 1, ffjord failed: no step is small enough" in text
     rows = json.loads((out / "results.json").read_text())
     assert [row["model"] for row in rows] == ["planar-2"]
+
+
+@pytest.mark.usefixtures("run_here")  # finds what the script imports
+@pytest.mark.parametrize("field", ["mlp", "concatsquash", "potential", "hollow"])
+def test_what_a_field_makes_of_x_is_sharper_at_the_start(field):
+    path = Path(__file__).parents[2] / "examples" / "posterior2d.py"
+    script = runpy.run_path(str(path), run_name="posterior2d")
+    flags = ["--field", field, "--hidden", "8", "8", "--blocks", "2"]
+    args = script["with_defaults"](script["posterior_flags"]().parse_args(flags), "ffjord")
+    states = []
+    for build in (script["ffjord"], script["sharp_ffjord"]):
+        torch.manual_seed(0)
+        states.append(build(args, 2).state_dict())
+    usual, sharp = states
+    changed = {name: sharp[name] for name in usual if not sharp[name].equal(usual[name])}
+    assert sorted(name.rpartition(".")[2] for name in changed) == ["bias"] * 2 + ["weight"] * 2
+    for name, value in changed.items():
+        expected = usual[name].clone()
+        expected[..., :2] *= script["SHARPNESS"] if name.endswith("weight") else 1.0
+        expected *= script["SHARPNESS"] if name.endswith("bias") else 1.0
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize(
