@@ -34,7 +34,7 @@ from common import (
     write_report,
 )
 from models import CONTINUOUS, Model, ffjord, flow_solver
-from objectives import add_optimizer
+from objectives import MATCHING_OPTIMIZER, add_optimizer
 from torch import Tensor
 
 import cnf
@@ -85,7 +85,14 @@ POSTERIORS = {
     "ffjord": Model(
         sharp_ffjord,
         CONTINUOUS,
-        {"steps": 800, "lr": 1e-2, "hidden": [64, 64], "annealing": 0.5},
+        {
+            "steps": 700,
+            "lr": 5e-3,
+            "optimizer": MATCHING_OPTIMIZER,
+            "hidden": [64, 64],
+            "batch_size": 512,
+            "annealing": 0.5,
+        },
     ),
 }
 """The flows, and the flags of their training that are not given."""

@@ -20,27 +20,25 @@ from typing import Any
 
 import torch
 from common import (
-    UNRELATED,
     complete,
     default_out,
-    device_of,
     goes_on,
     parameters,
     parser,
     prepare,
     refuse_idle,
     run_example,
-    schedule,
     standard_error,
+    train_flow,
     write_report,
 )
-from models import Model, flow_solver, number, optional
+from models import Model, flow_solver, number
 from torch import Tensor, nn
 
 import cnf
 from cnf.data import ImageData, image_data, random_binarization
 from cnf.plotting import plot_images, plot_training
-from cnf.training import FitResult, fit, linear, load_weights
+from cnf.training import FitResult, linear
 from cnf.variational import ELBO, VAE, Bernoulli, posterior
 
 REFERENCE = cnf.Solver("dopri5", rtol=1e-4, atol=1e-4)  # how every final figure is computed
@@ -305,39 +303,26 @@ def train(args: argparse.Namespace, data: ImageData, out: Path) -> tuple[VAE, Fi
     val = binarised(data, data.val, args.seed)
 
     @torch.no_grad()
-    def validate(averaged: ELBO) -> float:
+    def validate(averaged: VAE) -> float:
         generator = torch.Generator().manual_seed(args.seed)
         device = next(averaged.parameters()).device
-        parts = [averaged.vae.elbo(b.to(device), generator=generator) for b in val.split(1000)]
+        parts = [averaged.elbo(b.to(device), generator=generator) for b in val.split(1000)]
         return -torch.cat(parts).mean().item()
 
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr)
-    unread = {*UNRELATED, *optional(MODELS).difference(MODELS[args.model].takes), "samples"}
-    result = fit(
+    of_training = {k: v for k, v in vars(args).items() if k != "samples"}
+    return train_flow(
+        argparse.Namespace(**of_training),
         ELBO(vae),
         data.train,
-        steps=args.steps,
-        batch_size=args.batch_size,
+        out,
+        validate,
+        MODELS,
+        part="vae",
         anneal={"beta": linear(0.0, 1.0, args.warm_up)},
         augment=partial(random_binarization, levels=data.levels),
-        optimizer=optimizer,
-        scheduler=schedule(optimizer, args.steps),
         clip_grad_norm=100.0,
-        ema_decay=args.ema_decay,
-        validate=validate,
         validate_every=args.validate_every,
-        max_time=args.max_time,
-        out=out,
-        resume=args.resume,
-        config={k: v for k, v in vars(args).items() if k not in unread},
-        seed=args.seed,
-        device=device_of(args.device),
     )
-    if result.signal is not None:
-        print(f"Stopped at step {result.step}, saved in {out}. Go on with --resume.")
-    else:
-        load_weights(vae, result.best or out / "last.safetensors", prefix="vae")
-    return vae, result
 
 
 @torch.no_grad()

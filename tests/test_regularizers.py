@@ -172,7 +172,7 @@ def test_integrals_along_known_paths_and_their_gradients(kind, method):
         Solver("rk4", steps=15),
         Solver(rtol=1e-6, atol=1e-6),
         Solver(rtol=1e-6, atol=1e-6, batch="independent"),
-        TorchDiffEq(rtol=1e-6, atol=1e-6),
+        TorchDiffEq(rtol=1e-7, atol=1e-7),
     ],
     ids=["fixed", "adaptive", "independent", "torchdiffeq"],
 )
@@ -614,6 +614,17 @@ def test_weights_are_checked(kind):
             kind(weight)
     with pytest.raises(TypeError, match="weight='1' must be a number"):
         kind("1")
+
+
+def test_a_potential_that_is_not_that_of_the_field_is_refused():
+    class Doubled(cnf.PotentialField):
+        def derivative(self, t, x, context):
+            return 2 * super().derivative(t, x, context)
+
+    for field, words in ((Doubled(2), "Doubled computes values of its own"), (Matrix(), "Matrix")):
+        with pytest.raises(TypeError, match=words):
+            HJBResidual(1).check_field(field)
+    HJBResidual(1).check_field(cnf.PotentialField(2))
 
 
 @pytest.mark.parametrize("order", [1, 0, 2.0, True])

@@ -47,6 +47,9 @@ def at_own_times(
     if takes_batched_time(field):
         return field(t, *given)
 
+    if not len(t):  # vmap asks for one sample at least
+        return field(t.sum(), *given)
+
     def single(t: Tensor, *given: Tensor) -> Tensor:
         return field(t, *(part.unsqueeze(0) for part in given)).squeeze(0)
 

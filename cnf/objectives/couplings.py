@@ -142,7 +142,7 @@ class OptimalTransport:
         matrix: Any = cost.double().cpu()
         matrix = (matrix / matrix.mean().clamp(min=1e-300)).numpy()
         plan = torch.from_numpy(
-            ot.sinkhorn([], [], matrix, self.regularization, method="sinkhorn_log")
+            ot.sinkhorn([], [], matrix, self.regularization, method="sinkhorn_stabilized")
         )
         rows = plan / plan.sum(1, keepdim=True)
         u = draw(torch.rand, (len(rows), 1), like=rows, generator=generator)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from cnf.checks import check_choice, check_count, check_number, tracing
 from cnf.divergence import Divergence
 from cnf.flow import Flow
+from cnf.functional import called_with, named_tensors
 from cnf.objectives.terms import log_terms
 from cnf.ode import Solver, TorchDiffEq
 from cnf.target import Target, check_target, log_density_of
+from cnf.warn import warn
 
 __all__ = ["ReverseKL"]
 
@@ -52,6 +54,9 @@ class ReverseKL(nn.Module):
             objective is given some, that returns (N,) and is differentiable in x.
         samples: draws a step, for each condition.
         gradient: "reparameterised" or "path".
+
+    Warns:
+        RuntimeWarning: a target without gradient in x.
 
     Raises:
         TypeError: an argument of a wrong kind; a flow of integers.
@@ -125,6 +130,7 @@ class ReverseKL(nn.Module):
         x, log_q = draw(context, choices)
         log_p = log_density_of(self.log_density, x, context, self.flow.event_shape)
         _check_finite(log_p)
+        _warn_of_no_gradient(log_p, x)
         entropy, energy = -log_q.mean(), -log_p.mean()
         log_terms(free_energy=energy - entropy, entropy=entropy)
         return beta * energy - entropy
@@ -139,9 +145,19 @@ class ReverseKL(nn.Module):
         """The same, but for log q, which has the gradient of its x alone."""
         own = {k: choices[k] for k in ("solver", "generator")}
         x = self.flow.rsample((self.samples,), context, **own)
-        fixed = {name: p.detach() for name, p in self.flow.named_parameters()}
+        fixed = {name: p.detach() for name, p in named_tensors(self.flow, buffers=False).items()}
         given = None if context is None else context.detach()
-        return x, torch.func.functional_call(self.flow, fixed, (x, given), choices)
+        return x, called_with(self.flow, fixed, (x, given), choices)
+
+
+def _warn_of_no_gradient(log_p: Tensor, x: Tensor) -> None:
+    """Tell of a target that says nothing of where the flow should go."""
+    if x.requires_grad and torch.is_grad_enabled() and not log_p.requires_grad and not tracing():
+        warn(
+            "log_density has no gradient in x, so the flow will only spread; write it with "
+            "operations of PyTorch, without .detach(), no_grad or NumPy (of a constant density "
+            "this is as it should be)"
+        )
 
 
 def _check_finite(log_p: Tensor) -> None:

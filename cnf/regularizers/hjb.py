@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cnf.fields.closed_form import written_for
 from cnf.fields.potential import PotentialField
 from cnf.regularizers.base import Point, Regularizer, squared_norm
 
@@ -56,4 +57,9 @@ class HJBResidual(Regularizer):
                 f"HJBResidual needs the potential of a cnf.PotentialField, got a field of type "
                 f"{type(field).__name__}; use cnf.FFJORD(..., field=cnf.PotentialField), or "
                 "cnf.KineticEnergy, which any field allows"
+            )
+        if not written_for(field, ["potential_gradient"], ["forward", "derivative", "__call__"]):
+            raise TypeError(
+                f"HJBResidual needs the potential of the field, but {type(field).__name__} computes "
+                "values of its own beside that of cnf.PotentialField; write its potential_gradient"
             )

@@ -81,6 +81,26 @@ class Muon(Optimizer):
             part.step()
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse parameters that none of the parts would move.
+
+        Raises:
+            TypeError: always, once it is built.
+        """
+        if hasattr(self, "param_groups") and self.param_groups:
+            raise TypeError(
+                "Muon has the parameters of the module that it was built from; build it anew from "
+                "one that holds the others too"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._gather()
+
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts."""
         parts = [part.state_dict() for part in self.parts]

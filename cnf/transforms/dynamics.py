@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cnf.divergence import BoundField, Divergence
 from cnf.fields.base import Field
 from cnf.fields.closed_form import offers
+from cnf.functional import called_with, named_tensors
 from cnf.noise import draw
 from cnf.ode.rhs import Derivative
 from cnf.regularizers.base import Point, Regularizer, of_each
@@ -172,8 +173,7 @@ class _BoundField:
         self.tensors: dict[str, Tensor] = {}
         self.homes: list[tuple[Mapping[str, Tensor | None], str, Tensor]] = []
         if isinstance(field, nn.Module):
-            named = [*field.named_parameters(), *field.named_buffers()]
-            self.tensors = {name: normal(tensor) for name, tensor in named}
+            self.tensors = {name: normal(tensor) for name, tensor in named_tensors(field).items()}
             self.homes = [
                 (module._parameters, name, normal(parameter))
                 for module in field.modules()
@@ -190,7 +190,7 @@ class _BoundField:
         replaced = not torch.compiler.is_compiling() and self.replaced()
         if replaced and isinstance(self.field, nn.Module):
             tensors = {f"field.{name}": tensor for name, tensor in self.tensors.items()}
-            return torch.func.functional_call(_Caller(self.field), tensors, (method, *arguments))
+            return called_with(_Caller(self.field), tensors, (method, *arguments))
         if method == "__call__":
             return self.field(*arguments)
         return getattr(self.field, method)(*arguments)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from cnf.base import StandardNormal
 from cnf.checks import check_choice, check_count
+from cnf.fields import MLPField
 from cnf.flow import Flow
 from cnf.models import FFJORD, IAF, PlanarFlow, RadialFlow, RealNVP, SylvesterFlow
 from cnf.transforms import Compose, Diagonal
@@ -84,9 +86,26 @@ def posterior(
     model, number = FLOWS[kind]
     if layers is not None:
         check_count("layers", layers)
+        if number in options:
+            raise ValueError(
+                f"layers={layers} and {number}={options[number]!r} are the same; leave one out"
+            )
         options = {number: layers, **options}
     behind = model(latent, context=context, **options)
+    if kind == "ffjord":
+        _begin_near_zero(behind)
     return Flow(behind.base, Compose(gaussian, behind.transform))
+
+
+@torch.no_grad()
+def _begin_near_zero(flow: Flow) -> None:
+    """Fields near zero, as layers of the other kinds begin: a decoder that meets latents bent at
+    random learns to do without some of them.
+    """
+    for field in flow.modules():
+        if isinstance(field, MLPField):
+            for parameter in field.network[-1].parameters():
+                parameter.mul_(0.1)
 
 
 def _gaussian(latent: int, context: int) -> Diagonal:

@@ -75,3 +75,10 @@ def test_another_field_sees_one_time(field: Callable[..., Tensor]) -> None:
 def test_a_field_that_vmap_does_not_allow_is_told_of() -> None:
     with pytest.raises(ValueError, match="batched_time"):
         at_own_times(lambda t, x: x * t.item(), torch.rand(5), torch.randn(5, 3))
+
+
+def test_no_samples() -> None:
+    """Of a field of one time, too, which vmap would refuse."""
+    t, x, context = torch.zeros(0), torch.zeros(0, 3), torch.zeros(0, 2)
+    assert at_own_times(lambda t, x: t * x, t, x).shape == (0, 3)
+    assert at_own_times(lambda t, x, c: t * x + c.sum(-1, True), t, x, context).shape == (0, 3)

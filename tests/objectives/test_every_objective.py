@@ -19,8 +19,8 @@ RNODE = [cnf.KineticEnergy(0.01), cnf.JacobianFrobenius(0.02)]
 CONTEXT = 3
 
 
-def ffjord(context: int = 0, **options: Any) -> cnf.FFJORD:
-    return cnf.FFJORD(2, (8, 8), context=context, **options)
+def ffjord(context: int = 0, hidden: tuple[int, ...] = (8, 8), **options: Any) -> cnf.FFJORD:
+    return cnf.FFJORD(2, hidden, context=context, **options)
 
 
 def normal_target(x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -103,13 +103,13 @@ def test_float64_and_context(name: str, context: bool) -> None:
         assert not objective(*others, generator=generator.manual_seed(0)).equal(loss)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["RNODE", "Taylor"])  # each takes a minute of the compiler
 def test_a_compiled_solver_gives_the_same(name: str) -> None:
     batch, generator = arguments(name, False), torch.Generator()
     losses, slopes = [], []
     for compiled in (False, True):
-        solver = cnf.Solver("rk4", steps=3, compile=compiled)
-        objective = made(name, solver=solver)
+        solver = cnf.Solver("euler", steps=2, compile=compiled)
+        objective = made(name, solver=solver, hidden=(4,))
         loss = objective(*batch, generator=generator.manual_seed(0))
         loss.backward()
         check_gradients(objective)

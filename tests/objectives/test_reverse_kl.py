@@ -96,7 +96,27 @@ def test_values_of_both_gradients_agree_to_rounding():
     assert losses[0] != cnf.ReverseKL(flow, gaussian_target)(generator=seeded(1))
 
 
+class Shared(nn.Module):
+    """A field that has one layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(2, 2)
+        self.network = nn.Sequential(layer, nn.Tanh(), layer)
+
+    def forward(self, t, x):
+        return self.network(x)
+
+
+def shared() -> cnf.Flow:
+    """One field in two blocks: `torch.func.functional_call` by itself leaves it broken."""
+    field, solver = Shared(), cnf.Solver("rk4", steps=16, gradient="checkpoint")
+    blocks = Compose(*(cnf.CNF(field, "exact", solver) for _ in range(2)))
+    return cnf.Flow(cnf.StandardNormal(2), blocks)
+
+
 FLOWS = {
+    "shared": shared,
     "linear": lambda: cnf.Flow(cnf.StandardNormal(2), LULinear(2)),
     "cnf": lambda: cnf.FFJORD(2, (8,), solver=cnf.Solver("rk4", steps=16)),
     "checkpoint": lambda: cnf.FFJORD(
@@ -244,6 +264,14 @@ def test_a_target_with_parameters_is_trained_unless_it_is_frozen(gradient):
     objective.log_density.requires_grad_(False)
     objective(generator=seeded()).backward()
     assert objective.log_density.mean.grad is None
+
+
+def test_a_target_without_gradient_is_told():
+    objective = cnf.ReverseKL(gaussian_flow(), lambda x: gaussian_target(x.detach()))
+    with pytest.warns(RuntimeWarning, match="log_density has no gradient in x"):
+        objective()
+    with torch.no_grad():
+        objective()
 
 
 SOLVERS = {

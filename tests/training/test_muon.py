@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,24 @@ def test_closure_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ImportError, match=r"torch 2\.9"):
         Muon(module)
+
+
+def test_copies_have_their_parts() -> None:
+    module = network()
+    optimizer = Muon(module)
+    loss_of(module).backward()
+    optimizer.step()
+    twin, twins_optimizer = copy.deepcopy((module, optimizer))
+    for own, by in ((module, optimizer), (twin, twins_optimizer)):
+        loss_of(own).backward()
+        by.step()
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    twins_optimizer.param_groups[0]["lr"] = 0.5
+    assert 0.5 in [group["lr"] for part in twins_optimizer.parts for group in part.param_groups]
+
+
+def test_parameters_that_no_part_would_move_are_refused() -> None:
+    optimizer = Muon(network())
+    with pytest.raises(TypeError, match="build it anew"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
