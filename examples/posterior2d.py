@@ -201,8 +201,8 @@ def main() -> int:
 
 def posterior_flags() -> argparse.ArgumentParser:
     """The flags; those left open have defaults by the flow."""
-    # An adaptive solver by default: the error of a few fixed steps is part of the free energy that
-    # is trained, so that a flow may gain by it, and not by what an accurate solver measures.
+    # An adaptive solver by default: the error of a few fixed steps enters the free energy, and a
+    # flow may learn to gain by that error alone.
     flags = parser(__doc__)
     flags.add_argument(
         "--potential", type=int, nargs="+", choices=POTENTIALS, default=list(POTENTIALS),

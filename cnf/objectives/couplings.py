@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.checks import check_number
+from cnf.checks import check_count, check_number
 from cnf.noise import draw
 from cnf.objectives.choices import as_function
 from cnf.warn import warn
@@ -64,10 +64,12 @@ class OptimalTransport:
             mean cost, of the entropic regularisation of Sinkhorn's algorithm, and base samples are
             drawn from that plan (POT, the package `ot`): for batches of thousands.
         context_weight: weight of the context in the cost, or None for equal contexts alone.
+        group: how many samples are paired among themselves; None for all of a batch. The time of an
+            assignment grows with the third power: 40 ms for 512 samples, 1 ms for 128.
 
     Raises:
         ImportError: scipy, or POT where there is a regularization, is not installed.
-        ValueError: a negative number.
+        ValueError: a negative number, a group that is not a positive integer.
 
     Reference: Tong et al., arXiv 2302.00482; Pooladian et al., arXiv 2304.14772; with conditions,
     Cheng and Schwing, arXiv 2503.10636.
@@ -80,10 +82,13 @@ class OptimalTransport:
 
     regularization: float = 0.0
     context_weight: float | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None:
+        if self.group is not None:
+            check_count("group", self.group)
+        for name in ("regularization", "context_weight"):
+            if (value := getattr(self, name)) is not None:
                 check_number(name, value)
                 if not 0 <= value < math.inf:
                     raise ValueError(f"{name}={value!r} must be 0 or more, and finite")
@@ -117,6 +122,21 @@ class OptimalTransport:
         return index
 
     def _pairs(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The index of a base sample for each data sample, group by group (B,)."""
+        size, indices = self.group or max(1, len(x1)), []
+        for start in range(0, len(x1), size):
+            rows = slice(start, start + size)
+            own = None if context is None else context[rows]
+            indices.append(start + self._assigned(x0[rows], x1[rows], own, generator))
+        return torch.cat(indices) if indices else torch.arange(0, device=x1.device)
+
+    def _assigned(
         self,
         x0: Tensor,
         x1: Tensor,

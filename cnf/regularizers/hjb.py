@@ -60,6 +60,7 @@ class HJBResidual(Regularizer):
             )
         if not written_for(field, ["potential_gradient"], ["forward", "derivative", "__call__"]):
             raise TypeError(
-                f"HJBResidual needs the potential of the field, but {type(field).__name__} computes "
-                "values of its own beside that of cnf.PotentialField; write its potential_gradient"
+                f"HJBResidual needs the potential of the field, but {type(field).__name__} "
+                "computes values of its own, and the potential is that of its parent; write its "
+                "potential_gradient"
             )

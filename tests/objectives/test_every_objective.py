@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Make] = {
     ),
     "RNODE": lambda **o: cnf.MaximumLikelihood(ffjord(**o), regularizers=RNODE, steer=0.1),
     "Taylor": lambda **o: cnf.MaximumLikelihood(
-        ffjord(**o), regularizers=[cnf.TaylorDerivative(2, 0.01)]
+        ffjord(**o), regularizers=[*RNODE, cnf.TaylorDerivative(2, 0.01)], steer=0.1
     ),
     "OT-Flow": lambda **o: cnf.MaximumLikelihood(
         ffjord(field=cnf.PotentialField, **o),
@@ -103,7 +103,7 @@ def test_float64_and_context(name: str, context: bool) -> None:
         assert not objective(*others, generator=generator.manual_seed(0)).equal(loss)
 
 
-@pytest.mark.parametrize("name", ["RNODE", "Taylor"])  # each takes a minute of the compiler
+@pytest.mark.parametrize("name", ["Taylor"])  # the most at once: the compiler takes its time
 def test_a_compiled_solver_gives_the_same(name: str) -> None:
     batch, generator = arguments(name, False), torch.Generator()
     losses, slopes = [], []

@@ -296,7 +296,7 @@ def test_every_way_to_solve_gives_the_same(name, gradient):
 def test_compiled_steps_take_the_fixed_parameters_too():
     """The same compiled step serves the parameters and, in log q, their detached values."""
     solver = cnf.Solver("euler", steps=2)
-    flow = randomised(cnf.FFJORD(2, (8,), solver=solver))
+    flow = randomised(cnf.FFJORD(2, (4,), solver=solver))
     objective = cnf.ReverseKL(flow, gaussian_target, samples=8, gradient="path")
     compiled = dataclasses.replace(solver, compile=True)
     found, truth = (objective(generator=seeded(), solver=s) for s in (compiled, None))

@@ -108,6 +108,7 @@ def test_copies_have_their_parts() -> None:
     optimizer = Muon(module)
     loss_of(module).backward()
     optimizer.step()
+    optimizer.zero_grad()  # copies of parameters have no gradient
     twin, twins_optimizer = copy.deepcopy((module, optimizer))
     for own, by in ((module, optimizer), (twin, twins_optimizer)):
         loss_of(own).backward()
