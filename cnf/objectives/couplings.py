@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,28 +145,31 @@ class OptimalTransport:
         """The index of a base sample for each data sample, over all of them (B,)."""
         if len(x1) < 2:
             return torch.arange(len(x1), device=x1.device)
-        cost = torch.cdist(x1.detach().flatten(1), x0.detach().flatten(1)).square()  # (B, B)
+        cost = _squares(x1, x0)  # (B, B)
         if context is not None and self.context_weight:
-            c = context.detach()
-            cost = cost + self.context_weight * torch.cdist(c, c).square()
+            cost = cost + self.context_weight * _squares(context, context)
         if self.regularization:
-            return self._drawn(cost, generator)
+            return self._drawn(cost, generator).to(x1.device)
         scipy = _require("scipy.optimize", "scipy")
-        _, columns = scipy.linear_sum_assignment(cost.double().cpu().numpy())
+        _, columns = scipy.linear_sum_assignment(cost.numpy())
         return torch.from_numpy(columns).to(x1.device)
 
     def _drawn(self, cost: Tensor, generator: torch.Generator | None) -> Tensor:
         """A base sample for each data sample, from its row of Sinkhorn's plan."""
         ot = _require("ot", "POT")
-        matrix: Any = cost.double().cpu()
-        matrix = (matrix / matrix.mean().clamp(min=1e-300)).numpy()
+        matrix = (cost / cost.mean().clamp(min=1e-300)).numpy()
         plan = torch.from_numpy(
             ot.sinkhorn([], [], matrix, self.regularization, method="sinkhorn_stabilized")
         )
         rows = plan / plan.sum(1, keepdim=True)
         u = draw(torch.rand, (len(rows), 1), like=rows, generator=generator)
-        drawn = torch.searchsorted(rows.cumsum(1), u).squeeze(1).clamp(max=len(rows) - 1)
-        return drawn.to(cost.device)
+        return torch.searchsorted(rows.cumsum(1), u).squeeze(1).clamp(max=len(rows) - 1)
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2, on the host, where the libraries compute, without overflow."""
+    rows = (part.detach().flatten(1).cpu().double() for part in (a, b))
+    return torch.cdist(*rows).square()
 
 
 COUPLINGS: dict[str, Callable[[], Coupling]] = {
