@@ -168,8 +168,8 @@ class OptimalTransport:
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
     """|a_i - b_j|^2, on the host, where the libraries compute, without overflow."""
-    rows = (part.detach().flatten(1).cpu().double() for part in (a, b))
-    return torch.cdist(*rows).square()
+    first, second = (part.detach().flatten(1).cpu().double() for part in (a, b))
+    return torch.cdist(first, second).square()
 
 
 COUPLINGS: dict[str, Callable[[], Coupling]] = {
