@@ -216,13 +216,13 @@ def draw(
     if best is not None:
         axes.axhline(best, color="black", linestyle="--", label="the density itself")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="test log-likelihood, nats")
-    axes.set_title(f"{Path(args.data).stem}, {args.threads} thread(s)")
+    axes.set_title(f"{Path(args.data).stem}, {args.optimizer}, threads {args.threads}")
     shown = [row["log_prob"] for rows in curves.values() for row in rows[len(rows) // 3 :]]
     finite = [value for value in shown if value == value]
     if finite:
         top = max([*finite, *([] if best is None else [best])])
         axes.set_ylim(min(finite) - 0.1, top + 0.05)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(args.plot, dpi=120)
     print(f"picture: {args.plot}")
 
