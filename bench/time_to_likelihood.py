@@ -146,7 +146,7 @@ def measure(
 
     def trainer(method: str, flow: cnf.Flow) -> Trainer:
         optimal = method == "OT flow matching"
-        coupling: Coupling = OptimalTransport(group=128) if optimal else Independent()
+        coupling: Coupling = OptimalTransport() if optimal else Independent()
         objective: nn.Module = cnf.MaximumLikelihood(flow)
         if method not in ("likelihood", "fine-tuning"):
             objective = cnf.FlowMatching(flow, coupling=coupling, time_sampling=args.time_sampling)

@@ -405,6 +405,7 @@ def write_report(lines: list[str], out: Path) -> None:
     """Print the report and keep it as report.txt."""
     text = "\n".join(lines)
     print("\n" + text)
+    out.mkdir(parents=True, exist_ok=True)  # also where nothing was trained
     (out / "report.txt").write_text(text + "\n", encoding="utf-8")
 
 

@@ -378,7 +378,11 @@ def draw(
     figures = {
         "calibration": plot_calibration({o: judged[key] for o, key in runs.items()}),
         "posterior": plot_posteriors(samples, x[:, :2]),
-        "training": plot_training({o: out / key / "log.jsonl" for o, key in runs.items()}),
+        "training": plot_training(
+            {o: out / key / "log.jsonl" for o, key in runs.items()},
+            ylabel="-log q(x | c), nats",
+            terms=["negative_log_likelihood"],  # which flow matching does not know
+        ),
     }
     for name, figure in figures.items():
         path = out / problem / f"{name}.png"

@@ -233,7 +233,11 @@ def vae_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--flow-hidden", type=int, nargs="+", help="hidden layers of networks in the flow"
     )
-    flags.add_argument("--warm-up", type=int, help="steps in which the weight of KL grows to 1")
+    flags.add_argument(
+        "--warm-up",
+        type=int,
+        help="steps in which the weight of KL grows to 1, at most half of all",
+    )
     flags.add_argument("--validate-every", type=int, default=500, help="steps between validations")
     flags.add_argument(
         "--samples", type=int, default=500, help="draws of the importance-weighted bound"
@@ -318,7 +322,7 @@ def train(args: argparse.Namespace, data: ImageData, out: Path) -> tuple[VAE, Fi
         validate,
         MODELS,
         part="vae",
-        anneal={"beta": linear(0.0, 1.0, args.warm_up)},
+        anneal={"beta": linear(0.0, 1.0, max(1, min(args.warm_up, args.steps // 2)))},
         augment=partial(random_binarization, levels=data.levels),
         clip_grad_norm=100.0,
         validate_every=args.validate_every,
@@ -431,7 +435,9 @@ def draw(vaes: dict[str, VAE], rows: list[Row], test: Tensor, out: Path) -> None
     plot_images(shown).savefig(out / "reconstructions.png", dpi=100)
     plot_images(samples).savefig(out / "samples.png", dpi=100)
     logs = {name: out / name / "log.jsonl" for name in vaes}
-    plot_training(logs, ylabel="negative ELBO, nats").savefig(out / "training.png", dpi=100)
+    terms = ("reconstruction", "kl")  # the loss has another weight while it warms up
+    figure = plot_training(logs, ylabel="negative ELBO, nats", terms=terms)
+    figure.savefig(out / "training.png", dpi=100)
     print(f"pictures: {', '.join(str(out / f'{name}.png') for name in PICTURES)}")
 
 

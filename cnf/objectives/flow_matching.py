@@ -36,7 +36,7 @@ class FlowMatching(nn.Module):
 
     Args:
         flow: the flow whose field is trained.
-        coupling: "independent", "optimal-transport" (of the batch), or a function
+        coupling: "independent", "optimal-transport" (in groups of 128), or a function
             (x0, x1, context, generator=) -> for each data sample the index of its base sample (B,);
             see `cnf.objectives.couplings`.
         path: "linear", "variance-preserving", "trigonometric", or a `Path`; see
@@ -83,7 +83,7 @@ class FlowMatching(nn.Module):
         cnf = _parts(flow)[1]
         _span(cnf)
         if hidden := sum(isinstance(part, CNF) for part in flow.modules()) - 1:
-            raise _not_one(1 + hidden, hidden)
+            raise _not_one(1 + hidden)
         known = {id(p) for p in _trained(cnf)}
         named = [(name, p) for name, p in flow.named_parameters() if p.requires_grad]
         if others := [name for name, p in named if id(p) not in known]:
@@ -183,16 +183,18 @@ def _parts(flow: Flow) -> tuple[list[Transform], CNF, list[Transform]]:
     row = list(_row(flow.transform))
     found = [i for i, part in enumerate(row) if isinstance(part, CNF)]
     if len(found) != 1:
-        total = sum(isinstance(part, CNF) for part in flow.modules())
-        raise _not_one(total, total - len(found))
+        raise _not_one(sum(isinstance(part, CNF) for part in flow.modules()))
     return row[: found[0]], cast(CNF, row[found[0]]), row[found[0] + 1 :]
 
 
-def _not_one(total: int, hidden: int) -> TypeError:
+def _not_one(total: int) -> TypeError:
+    seen = {0: "none", 1: "one within another transform than Compose"}.get(
+        total, f"{total} of them"
+    )
     return TypeError(
-        f"flow matching trains the field of one CNF, but the flow has {total}, {hidden} of them "
-        "within other transforms than Compose; use cnf.FFJORD(..., blocks=1) or "
-        "cnf.Flow(base, cnf.CNF(field)), or train this flow by cnf.MaximumLikelihood"
+        f"flow matching trains the field of one CNF in a row of transforms; the flow has {seen}: "
+        "use cnf.FFJORD(...) of one block or cnf.Flow(base, cnf.CNF(field)), or train this flow by "
+        "cnf.MaximumLikelihood"
     )
 
 

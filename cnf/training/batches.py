@@ -240,7 +240,8 @@ def make_batches(
     else:
         raise TypeError(
             "train must be a Tensor of rows, a tuple of such, a function (batch_size, generator) "
-            f"-> Tensor, or None, got {type(train).__name__}"
+            f"-> Tensor, or None, got {type(train).__name__}; use torch.as_tensor of an array, the "
+            "tensors of a data set"
         )
     return AugmentedBatches(batches, augment) if augment is not None else batches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -90,7 +91,9 @@ def fit(
         patience: Stop after so many validations without a new best one.
         max_time: Stop after so many seconds of this call.
         out: Folder of the run. One that holds a run already is refused, unless it is resumed.
-        resume: Continue from `last.safetensors` of `out`, or from the checkpoint of that name.
+        resume: Continue from `last.safetensors` of `out`, or from the checkpoint of that name. The
+            rates of the optimiser are those of the checkpoint; another objective, another shape of
+            the data or other settings are refused, other rows of that shape are not seen.
         config: Plain values to keep with the run. When it is resumed they must be the same, but for
             those that do not change its course (`steps`, `out`, ...: `cnf.training.run.FREE`).
         log_every: Steps between lines of the log.
@@ -119,6 +122,7 @@ def fit(
     _check_counts(steps=steps, validate_every=validate_every, log_every=log_every)
     _check_choices(validate, patience=patience, clip_grad_norm=clip_grad_norm, scheduler=scheduler)
     _check_anneal(anneal)
+    _check_call(objective, train, anneal or {})
     batches = make_batches(train, batch_size=batch_size, seed=seed, augment=augment)
     parameters = _parameters(objective, optimizer)
     objective.to(device or parameters[0].device).train()
@@ -197,6 +201,11 @@ def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -
 
 def _parameters(objective: nn.Module, optimizer: Optimizer | None) -> list[nn.Parameter]:
     """The parameters of the objective, after a check that they are what the optimiser moves."""
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer must be an optimiser, such as torch.optim.Adam(objective.parameters()), got "
+            f"{optimizer!r}"
+        )
     parameters = list(objective.parameters())
     if not parameters:
         raise ValueError(
@@ -232,6 +241,29 @@ def _check_choices(
         raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("scheduler is stepped after every step, which ReduceLROnPlateau cannot be")
+
+
+def _check_call(objective: nn.Module, train: object, anneal: Mapping[str, object]) -> None:
+    """Refuse an objective that cannot be called with what there is."""
+    parameters = inspect.signature(objective.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if unknown := [name for name in anneal if name not in named and not free]:
+        raise TypeError(
+            f"anneal[{unknown[0]!r}] is no argument of {type(objective).__name__}, which takes "
+            f"{', '.join(named)}"
+        )
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if train is None and required:
+        raise ValueError(
+            f"train=None is for an objective that draws its own samples, and "
+            f"{type(objective).__name__} is a function of data: pass a tensor, a tuple of them, or "
+            "a function (batch_size, generator) -> Tensor"
+        )
 
 
 def _check_anneal(anneal: Mapping[str, Callable[[int], float]] | None) -> None:

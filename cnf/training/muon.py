@@ -30,6 +30,7 @@ class Muon(Optimizer):
 
     Raises:
         ImportError: torch is older than 2.9.
+        TypeError: not a module.
         ValueError: a module without parameters, a rate that is not positive.
 
     Reference: Jordan et al., "Muon: an optimizer for hidden layers", 2024; Liu et al., arXiv
@@ -45,6 +46,11 @@ class Muon(Optimizer):
     """
 
     def __init__(self, module: nn.Module, lr: float = 5e-3, *, ratio: float = 4.0) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"module must be a module, whose parameters are sorted here, got "
+                f"{type(module).__name__}; use Muon(flow)"
+            )
         check_positive("lr", lr)
         check_positive("ratio", ratio)
         if not hasattr(torch.optim, "Muon"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ FREE = frozenset(
 )
 """Entries of `config` that do not change the course of a run: kept, but not compared."""
 
-_ADDED = frozenset({"trend"})  # parts of a state that older checkpoints lack
+_ADDED = frozenset({"trend", "objective"})  # what older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Run:
         return {
             **self.batches.describe(),
             **self.settings,
+            "objective": _named(self.objective),
             "optimizer": type(self.optimizer).__name__,
             "scheduler": type(self.scheduler).__name__,
             **{
@@ -143,10 +145,16 @@ class Run:
         _set_random_state(state["random"])
 
 
+def _named(objective: nn.Module) -> str:
+    """The objective and its own settings, in words that another process has, too."""
+    return re.sub(" at 0x[0-9a-f]+", "", f"{type(objective).__name__}({objective.extra_repr()})")
+
+
 def _check_course(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
     lines = [
         f"{name}: {old.get(name, 'absent')!r} in the checkpoint, {new.get(name, 'absent')!r} now"
         for name in {**old, **new}
+        if name in old or name not in _ADDED
         if name not in old or name not in new or old[name] != new[name]
     ]
     if lines:

@@ -29,7 +29,8 @@ class StepReport:
         lr: Learning rate of the first parameter group in this step.
         nfe_forward: Function evaluations of the forward solves of the step.
         nfe_backward: Function evaluations of its backward solves.
-        terms: The parts of the loss, by the names that the objective gave them.
+        terms: The parts of the loss, by the names that the objective gave them, and what was
+            annealed.
     """
 
     step: int
@@ -79,7 +80,7 @@ def take_step(
         kind: sum(solve.nfe for solve in solves if solve.kind == kind)
         for kind in ("forward", "backward")
     }
-    report = StepReport(step, value, norm, lr, nfe["forward"], nfe["backward"], terms)
+    report = StepReport(step, value, norm, lr, nfe["forward"], nfe["backward"], {**chosen, **terms})
     run.progress = run.progress.after(
         report.nfe_forward, report.nfe_backward, time.monotonic() - began
     )

@@ -371,9 +371,9 @@ def nothing(*args: Any, **choices: Any) -> None:
     ("make", "error", "message"),
     [
         (lambda: cnf.FlowMatching(nn.Linear(2, 2)), TypeError, "must be a cnf.Flow"),
-        (lambda: cnf.FlowMatching(cnf.RealNVP(2)), TypeError, "the flow has 0"),
-        (lambda: cnf.FlowMatching(cnf.FFJORD(2, blocks=2)), TypeError, "the flow has 2"),
-        (lambda: cnf.FlowMatching(cnf.MultiscaleFFJORD((1, 4, 4))), TypeError, "within other"),
+        (lambda: cnf.FlowMatching(cnf.RealNVP(2)), TypeError, "the flow has none"),
+        (lambda: cnf.FlowMatching(cnf.FFJORD(2, blocks=2)), TypeError, "the flow has 2 of"),
+        (lambda: cnf.FlowMatching(cnf.MultiscaleFFJORD((1, 4, 4))), TypeError, "has . of them"),
         (lambda: cnf.FlowMatching(cnf.FFJORD(2), path="lineal"), ValueError, "Did you mean 'li"),
         (lambda: cnf.FlowMatching(cnf.FFJORD(2), path=Linear), TypeError, "path must be"),
         (lambda: cnf.FlowMatching(cnf.FFJORD(2), coupling="ot"), ValueError, "coupling='ot'"),

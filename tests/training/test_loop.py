@@ -489,6 +489,23 @@ def test_terms_are_logged_by_name(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(line["fit"] + line["size"], abs=1e-6)
 
 
+def test_another_objective_is_not_resumed(tmp_path: Path) -> None:
+    x = torch.randn(8, 2)
+    for path in ("linear", "linear", "trigonometric"):
+        objective = cnf.FlowMatching(cnf.FFJORD(2, (4,)), path=path)
+        resume = (tmp_path / "last.safetensors").exists()
+        if path == "linear":
+            fit(objective, x, steps=2, batch_size=8, out=tmp_path, resume=resume, progress=False)
+        else:
+            with pytest.raises(CheckpointError, match=r"objective: .*Linear.*Trigonometric"):
+                fit(objective, x, steps=3, batch_size=8, out=tmp_path, resume=True, progress=False)
+
+
+def test_batches_of_no_data_have_no_size() -> None:
+    with pytest.raises(ValueError, match="leave batch_size"):
+        fit(Drawing(), None, steps=1, batch_size=2, progress=False)
+
+
 class Drawing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -518,7 +535,14 @@ def test_an_objective_that_draws_its_own_samples_resumes_bit_for_bit(tmp_path: P
         ((), {}, ValueError, "as many rows each, got shapes none"),
         ((torch.zeros(3), torch.full((3,), torch.nan)), {}, ValueError, "NaN"),
         (lambda n, g: (torch.zeros(n), torch.zeros(n + 1)), {}, ValueError, "must return 2 rows"),
-        (None, {}, ValueError, "leave batch_size"),
+        (None, {}, ValueError, "Regression is a function of data"),
+        (
+            torch.zeros(3),
+            {"anneal": {"betta": float}},
+            TypeError,
+            r"anneal\['betta'\] is no argument",
+        ),
+        (torch.zeros(3), {"optimizer": torch.optim.Adam}, TypeError, "must be an optimiser"),
         (torch.zeros(3), {"batch_size": None}, ValueError, "batch_size must be a positive"),
         (torch.zeros(3), {"anneal": {"beta": 0.5}}, TypeError, "function of the step"),
     ],

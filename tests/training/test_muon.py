@@ -94,6 +94,8 @@ def test_closure_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         return loss.item()
 
     assert optimizer.step(closure) == pytest.approx(loss_of(network()).item())
+    with pytest.raises(TypeError, match=r"got generator; use Muon\(flow\)"):
+        Muon(module.parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no parameters"):
         Muon(nn.Tanh())
     with pytest.raises(ValueError, match=r"lr=0\.0"):
