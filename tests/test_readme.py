@@ -58,10 +58,11 @@ def test_flows_of_integers_run() -> None:
 
 def test_ways_to_train_run(recwarn: pytest.WarningsRecorder) -> None:
     names: dict[str, object] = {}
-    for block in (0, 6, 7):
+    for block in (0, 6, 7, 8):
         exec(BLOCKS[block], names)
     assert "effective samples" in str(names["estimate"])
     assert names["bound"].shape == (10,)
+    assert 0.4 < names["accuracy"] <= 1.0
     assert all("effective sample size" in str(warning.message) for warning in recwarn)
 
 
@@ -79,5 +80,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[8], names)
+    exec(BLOCKS[9], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

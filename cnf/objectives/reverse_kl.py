@@ -127,8 +127,8 @@ class ReverseKL(nn.Module):
             raise ValueError(f"beta={beta!r} must be 0 or more and finite; the target itself is 1")
         if context is not None and not self.flow.transform.takes_context:
             raise ValueError(
-                f"{type(self).__name__} draws its own samples, and takes conditions for a flow with "
-                f"context; got a tensor of shape {tuple(context.shape)} for a flow without: call "
+                "ReverseKL draws its own samples, and takes conditions for flows with context; got "
+                f"a tensor of shape {tuple(context.shape)} for a flow without: call "
                 "it with nothing, fit(objective, None, ...)"
             )
         choices = {"divergence": divergence, "solver": solver, "generator": generator}
