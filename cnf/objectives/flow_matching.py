@@ -193,7 +193,7 @@ def _not_one(total: int) -> TypeError:
     )
     return TypeError(
         f"flow matching trains the field of one CNF in a row of transforms; the flow has {seen}: "
-        "use cnf.FFJORD(...) of one block or cnf.Flow(base, cnf.CNF(field)), or train this flow by "
+        "use cnf.FFJORD(..., blocks=1) or cnf.Flow(base, cnf.CNF(field)), or train this flow by "
         "cnf.MaximumLikelihood"
     )
 
