@@ -67,7 +67,7 @@ def test_when_a_goal_is_reached(bench):
 def test_the_average_is_over_the_last_tenth_of_the_steps(bench):
     """Of weights 1, 2, ..., n it is about n times 10 / 11."""
     flow = cnf.FFJORD(2, (4,))
-    run = bench.Trainer(cnf.MaximumLikelihood(flow), lambda: torch.randn(4, 2), 0.0)
+    run = bench.Trainer(cnf.FlowMatching(flow), lambda: torch.randn(4, 2), 0.0)
     weight = next(flow.parameters())
     for n in range(1, 201):
         with torch.no_grad():
