@@ -116,10 +116,14 @@ class FlowMatching(nn.Module):
             TypeError: x of a wrong dtype.
             ValueError: x or context of a wrong shape, or not finite.
         """
-        x0, x1, context = self._ends(x, context, generator)
+        self.flow._check_shape(x)
+        self.flow._check_values(x, context)
+        context = self._of_rows(context, x)
+        x0, x1 = self._ends(x, context, generator)
+        cnf = _parts(self.flow)[1]
+        context = cnf._batch_context(context if cnf.takes_context else None, x1.shape[:1], x1)
         x0 = x0[_indices(self.coupling(x0, x1, context, generator=generator), x1)]
         s = _times(self.time_sampling(len(x1), like=x1, generator=generator), x1)  # (B,)
-        cnf = _parts(self.flow)[1]
         start, span = _span(cnf)
         x_s, velocity = self.path(s, x0, x1)
         dx = at_own_times(cnf.field, start + span * s, x_s, context)
@@ -128,22 +132,25 @@ class FlowMatching(nn.Module):
         log_terms(flow_matching=loss)
         return self._with_zeros(loss, cnf)
 
+    def _of_rows(self, context: Tensor | None, x: Tensor) -> Tensor | None:
+        """Context of every sample (B, C), with the gradient of what it was computed from."""
+        if context is None:
+            return None
+        if not self.flow.transform.takes_context:
+            raise ValueError(
+                f"context of shape {tuple(context.shape)} was given, but the flow takes none; "
+                "leave context out, or build the flow with context="
+            )
+        batch = x.shape[: x.ndim - len(self.flow.event_shape)]
+        return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
+
     @torch.no_grad()
     def _ends(
         self, x: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Samples at the base and at the data end of the CNF (B, *event), and context (B, C)."""
-        self.flow._check_shape(x)
-        self.flow._check_values(x, context)
+    ) -> tuple[Tensor, Tensor]:
+        """Samples at the base and at the data end of the CNF (B, *event); context (B, C)."""
         before, cnf, after = _parts(self.flow)
         batch = x.shape[: x.ndim - len(self.flow.event_shape)]
-        if context is not None:
-            if not self.flow.transform.takes_context:
-                raise ValueError(
-                    f"context of shape {tuple(context.shape)} was given, but the flow takes none; "
-                    "leave context out, or build the flow with context="
-                )
-            context = expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
         x1 = x.reshape(batch.numel(), *self.flow.event_shape)
         x0 = self.flow.base.rsample((len(x1),), generator)
         for transform in reversed(after):
@@ -152,9 +159,8 @@ class FlowMatching(nn.Module):
         for transform in before:
             own = context if transform.takes_context else None
             x0 = transform.forward(x0, own, **_noise(generator))
-        own = cnf._batch_context(context if cnf.takes_context else None, x1.shape[:1], x1)
         cnf._check_state(x1)
-        return x0.to(x1.dtype), x1, own
+        return x0.to(x1.dtype), x1
 
     def _with_zeros(self, loss: Tensor, cnf: CNF) -> Tensor:
         """The same loss, of which all parameters are part, as DDP wants it."""

@@ -127,6 +127,28 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_network_that_gives_the_context_is_trained_with_the_flow(name: str) -> None:
+    objective = made(name, context=True).double()
+    *batch, context = arguments(name, True, torch.float64)
+    encoder = nn.Linear(CONTEXT, CONTEXT).double()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return objective(*batch, encoder(context), generator=generator.manual_seed(0))
+
+    (slope,) = torch.autograd.grad(loss(torch.Generator()), encoder.bias)
+    assert (slope.abs() > 1e-8).all()
+    if name == "path gradient":  # it leaves out a part, whose mean is zero
+        return
+    ends = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            encoder.bias[0] += step
+            ends.append(loss(torch.Generator()).item())
+            encoder.bias[0] -= step
+    assert slope[0].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=5e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize("context", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_ddp_finds_every_parameter_used(group: None, name: str, context: bool) -> None:
