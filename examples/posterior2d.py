@@ -1,6 +1,6 @@
 """Fit flows to densities known up to their normaliser, and see how near they come.
 
-python examples/posterior2d.py                                   # all, about a quarter of an hour
+python examples/posterior2d.py                                   # all, about twenty minutes
 python examples/posterior2d.py --potential 2 --models ffjord     # one
 python examples/posterior2d.py --steps 5000 --resume             # go on, for longer
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cnf.checks import check_number, tracing
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
+from cnf.transforms.columns import check_columns, chosen_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +57,7 @@ class Sigmoid(Transform):
 
     def __init__(self, alpha: float = 0.05, columns: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.columns = None if columns is None else _check_columns(columns)
+        self.columns = None if columns is None else check_columns(columns)
         check_number("alpha", alpha)
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha={alpha!r} must lie between 0 and 0.5, such as 0.05")
@@ -81,9 +82,9 @@ class Sigmoid(Transform):
     ) -> tuple[Tensor, Tensor]:
         """The logit z of x and log dz/dx, of every number."""
         self._check(x, context, choices)
-        given, chosen = x, self._chosen(x)
-        if chosen is not None:
-            x = torch.where(chosen, x, 0.5)
+        given = x
+        if self.columns is not None:
+            x = torch.where(chosen_columns(self.columns, x), x, 0.5)
         # Each from its own side: 1 - s would lose the digits of an s near 1.
         s, rest = (self.alpha + (1 - 2 * self.alpha) * side for side in (x, 1 - x))
         self._check_inside(x, s, rest)
@@ -92,22 +93,11 @@ class Sigmoid(Transform):
             given, log_s - log_rest, math.log1p(-2 * self.alpha) - log_s - log_rest
         )
 
-    def _chosen(self, x: Tensor) -> Tensor | None:
-        """Which entries of the last dimension it is for (D,), None for all."""
-        if self.columns is None:
-            return None
-        if x.ndim == 0 or x.shape[-1] <= max(self.columns):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, too few columns for columns={self.columns}"
-            )
-        chosen = [i in self.columns for i in range(x.shape[-1])]
-        return torch.tensor(chosen, device=x.device)
-
     def _of_columns(self, x: Tensor, value: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The value and log-determinant, x and 0 in the other columns."""
-        chosen = self._chosen(x)
-        if chosen is None:
+        if self.columns is None:
             return value, log_det
+        chosen = chosen_columns(self.columns, x)
         return torch.where(chosen, value, x), torch.where(chosen, log_det, 0.0)
 
     def _check(self, x: Tensor, context: Tensor | None, choices: Choices) -> None:
@@ -130,15 +120,3 @@ class Sigmoid(Transform):
             f"x has values from {low:.6g} to {high:.6g}, expected 0 to 1: the logit of others "
             "is not finite; scale x, for pixels by UniformDequantization"
         )
-
-
-def _check_columns(columns: Sequence[int]) -> tuple[int, ...]:
-    """Different indices, one at least."""
-    if not isinstance(columns, Sequence) or isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} must be a sequence of indices, such as (0, 2)")
-    whole = all(type(n) is int and n >= 0 for n in columns)
-    if not (whole and columns and len(set(columns)) == len(columns)):
-        raise ValueError(
-            f"columns={tuple(columns)!r} must be different indices from 0, one at least"
-        )
-    return tuple(columns)
