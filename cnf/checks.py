@@ -8,7 +8,23 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["check_bool", "check_choice", "check_count", "check_number", "check_positive", "tracing"]
+__all__ = [
+    "check_bool",
+    "check_choice",
+    "check_count",
+    "check_number",
+    "check_positive",
+    "compiling",
+    "tracing",
+]
+
+
+def compiling() -> bool:
+    """Whether torch.compile builds a graph from what runs, but torch.export does not."""
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return exporting is None or not exporting()
 
 
 def tracing() -> bool:

@@ -1,4 +1,4 @@
-"""A module called with other tensors than its own, also where it holds one part at two places."""
+"""Modules called with other tensors than their own, and the values beneath torch.func's wrappers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["called_with", "named_tensors"]
+__all__ = ["batched", "called_with", "named_tensors", "plain"]
 
 
 def named_tensors(module: nn.Module, *, buffers: bool = True) -> dict[str, Tensor]:
@@ -52,3 +52,34 @@ def called_with(
     return torch.func.functional_call(
         module, dict(tensors), tuple(arguments), dict(choices or {}), tie_weights=False
     )
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor beneath the wrappers of torch.func, whose values can be read.
+
+    Under `torch.func.vmap` it holds the values of all samples, with the mapped dimension somewhere:
+    a decision that is taken on its largest value is one decision for the whole batch.
+
+    Example:
+        >>> seen = []
+        >>> _ = torch.func.vmap(lambda x: (seen.append(plain(x).max().item()), x)[1])(torch.ones(3))
+        >>> seen
+        [1.0]
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def batched(x: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over x, so that no single sample of it can be looked at.
+
+    Example:
+        >>> batched(torch.ones(1)), torch.func.vmap(lambda x: x * batched(x))(torch.ones(1))
+        (False, tensor([1.]))
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,24 @@ def draw(
         >>> draw(torch.rand, (2, 3), like=torch.zeros(()).double(), generator=None).dtype
         torch.float64
     """
+    try:
+        return _drawn(sampler, args, like, generator)
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+    raise RuntimeError(
+        "noise is drawn under torch.func.vmap, which must be told whether the samples share it: "
+        "use torch.func.vmap(..., randomness='different'), or 'same'; log_prob draws none with "
+        "divergence='exact'"
+    )
+
+
+def _drawn(
+    sampler: Callable[..., Tensor],
+    args: Sequence[Any],
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
     if generator is None:  # a keyword of None stops torch.compile where a shape is symbolic
         return sampler(*args, dtype=like.dtype, device=like.device)
     drawn = sampler(*args, dtype=like.dtype, device=generator.device, generator=generator)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.checks import tracing
 from cnf.graph import unknown_leaves
 
 __all__ = ["BoundField", "Products", "linearised", "with_product"]
@@ -67,7 +68,7 @@ def _linearised(
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
-    if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
+    if tracing():  # there torch.func differentiates, and autograd.grad cannot
         dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
 
         def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
@@ -95,7 +96,8 @@ def _products(
     dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool
 ) -> Sequence[Tensor] | Tensor:
     """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> K of (B, *event)."""
-    if len(vectors) > 1 and x.numel() > 0:
+    # Anomaly detection looks for NaN in every gradient, which a batched one does not allow.
+    if len(vectors) > 1 and x.numel() > 0 and not torch.is_anomaly_enabled():
         try:
             return _grad(dx, x, vectors, create_graph, batched=True)
         except torch.OutOfMemoryError:

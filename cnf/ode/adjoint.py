@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
+from cnf.ode.attention import differentiable_attention
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.solve import Integral, integrate, tolerance_of
@@ -98,7 +99,8 @@ class AdjointSolve:
         stepper = EagerStepper(rhs, solver.tableau.coefficients, tolerance)
         clock = Clock(self.clock.end, self.clock.start)
         try:
-            y = integrate(stepper, y0, clock, solver, tolerance)
+            with differentiable_attention():
+                y = integrate(stepper, y0, clock, solver, tolerance)
         except SolverError as error:
             raise error.explained(
                 "In the backward solve of the adjoint, which a field can make unstable where the "

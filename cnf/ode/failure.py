@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
+from cnf.functional import batched, plain
 from cnf.ode.control import Tolerance
 from cnf.ode.stats import SolveStats
 
@@ -40,8 +41,8 @@ _WHAT = {
 
 
 def samples_of(bad: Tensor) -> list[int]:
-    """The indices of the true entries of a mask, flattened."""
-    return [int(i) for i in bad.reshape(-1).nonzero().reshape(-1)]
+    """The indices of the true entries of a mask, flattened; none under vmap, which hides them."""
+    return [] if batched(bad) else [int(i) for i in plain(bad).reshape(-1).nonzero().reshape(-1)]
 
 
 def largest(x: Tensor) -> Tensor:
@@ -50,7 +51,11 @@ def largest(x: Tensor) -> Tensor:
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return not any(_any(~tensor.isfinite()) for tensor in tensors)
+
+
+def _any(mask: Tensor) -> bool:
+    return bool(plain(mask).any())
 
 
 @dataclass
@@ -106,11 +111,13 @@ class Failure:
         self.stats.status = status
         limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
         remedy = _REMEDIES[status].format(limit=self.limit)
+        who = f"{len(samples)} of {total or bad.numel()} samples at fault, first indices {samples[:10]}"
+        if batched(bad):
+            who = "at least one sample at fault, which torch.func.vmap hides"
         return SolverError(
             f"{what} at t={t:.6g}{limit} [status {status}; method {self.stats.method}, "
             f"span {self.stats.t0:g} to {self.stats.t1:g}, last step {dt:.3g}, "
-            f"{self.stats.nfe} evaluations; {len(samples)} of {total or bad.numel()} samples at "
-            f"fault, first indices {samples[:10]}]. Remedy: {remedy}.",
+            f"{self.stats.nfe} evaluations; {who}]. Remedy: {remedy}.",
             status=status,
             t=t,
             dt=dt,
@@ -124,18 +131,18 @@ class Failure:
         sizes = self._per_sample(x.detach().abs()).amax(-1)
         bound = _BLOW_UP * self.start.clamp(min=1.0)
         grown = ~(sizes <= bound.clamp(max=1e-3 * torch.finfo(x.dtype).max))
-        if grown.any():
+        if _any(grown):
             return "blow_up", grown
         bad = torch.zeros_like(grown)
         for k in slopes:
             bad |= ~self._per_sample(k.detach()).isfinite().all(-1)
-        if bad.any():
+        if _any(bad):
             return "non_finite_field", bad
         if errors is None:
             return status, torch.ones_like(bad)
         worst = errors.reshape(bad.shape) >= 0.5 * errors.max()  # who holds the step down
         roundings = 4 if status == "too_many_steps" else 16
-        if self.tolerance is not None and (worst & self._below(roundings, x, sizes)).any():
+        if self.tolerance is not None and _any(worst & self._below(roundings, x, sizes)):
             return "tolerance_below_resolution", worst
         return status, worst
 

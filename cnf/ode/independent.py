@@ -146,7 +146,7 @@ class _IndependentSolve:
             f, start, end = self.stepper.evaluate, self.clock.start, self.clock.end
             dx = first[0].detach()
             h = first_step(f, self.order, start, end, self.tolerance, x, dx, shared=False)
-            h = h.to(t).nan_to_num(1e-6 * span)  # not finite: the first step will tell why
+            h = h.detach().to(t).nan_to_num(1e-6 * span)  # not finite: the first step will tell why
         return _Rows(
             stepper=self.stepper,
             number=torch.arange(n, device=x.device),
@@ -171,7 +171,7 @@ class _IndependentSolve:
             times = self.clock.times([rows.t], rows.x)
             rows.first = rows.stepper.evaluate(times[0], rows.x)
         step = rows.stepper(self.clock, rows.t, t_next, rows.x, rows.q, rows.first)
-        error = (rows.t if step.error is None else step.error).to(rows.t)
+        error = (rows.t if step.error is None else step.error.detach()).to(rows.t)
         good = rows.live & (error <= 1.0)
         refused = rows.live & ~good
         if bool(refused.any()):

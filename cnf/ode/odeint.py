@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnf.checks import compiling
 from cnf.errors import SolverError
+from cnf.functional import batched
 from cnf.ode.adjoint import AdjointSolve
 from cnf.ode.compiled import CompiledStepper
 from cnf.ode.control import Tolerance
@@ -26,6 +28,7 @@ from cnf.ode.stats import Recorders, SolveStats, active_recorders
 from cnf.ode.step import Clock
 from cnf.ode.stepper import EagerStepper, Stepper
 from cnf.ode.torchdiffeq import TorchDiffEq
+from cnf.ode.transformed import transformable
 
 __all__ = ["Solution", "as_solver", "odeint", "solve"]
 
@@ -87,6 +90,21 @@ def odeint(
         >>> round(solution.x.item(), 4), solution.stats.status
         (0.3679, 'converged')
     """
+    if compiling():
+        from cnf.ode import uncompiled
+
+        return uncompiled.run(
+            odeint,
+            f,
+            x,
+            t0,
+            t1,
+            solver,
+            args=args,
+            batch_dims=batch_dims,
+            controlled=controlled,
+            parameters=parameters,
+        )
     solver = as_solver(solver)
     check_state(x, batch_dims)
     if parameters is None:
@@ -120,6 +138,11 @@ def solve(
     f gets the tensors `shared` after the args: they belong to no sample, and may be computed from
     the parameters.
     """
+    parameters = list(parameters)
+    mapped = torch._C._are_functorch_transforms_active() and any(
+        v is not None and batched(v) for v in (x, *args, *shared, *parameters)
+    )
+    solver = transformable(solver, mapped=mapped)
     stats = SolveStats("forward", solver.method, clock.start, clock.end)
     recorders = active_recorders()
     for recorder in recorders:
@@ -141,7 +164,8 @@ def solve(
             f"(batch, *event), batch_dims=1; got batch_dims={batch_dims}; flatten the batch"
         )
     problem = _Problem(rhs, clock, solver, controlled, known, recorders)
-    end = problem.survivors(x) if solver.on_failure == "nan" else problem.run(x)
+    alone = solver.on_failure == "nan" and not mapped
+    end = problem.survivors(x) if alone else problem.run(x)
     return Solution(end.x, end.q, stats)
 
 

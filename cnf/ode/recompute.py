@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cnf.ode.attention import differentiable_attention
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.stats import Recorders, SolveStats
@@ -143,7 +144,7 @@ class _RecomputedStep(torch.autograd.Function):
         stats = task.stepper.backward_stats()
         stats.accepted += 1
         stepper = task.stepper.counting(stats)
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_attention():
             x, t0, t1 = (
                 v if v is None else v.detach().requires_grad_(v is x or need)
                 for v, need in zip((x, t0, t1), ctx.needs_input_grad[1:4], strict=True)

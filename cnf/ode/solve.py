@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cnf.functional import plain
 from cnf.ode.control import MAX_REJECTIONS, Controller, Tolerance
 from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative
@@ -84,7 +85,7 @@ def tolerance_of(
 def all_finite(x: Tensor, q: Tensor | None) -> bool:
     """Whether a state and its quadratures are finite."""
     finite = x.detach().isfinite().all()
-    return bool(finite if q is None else finite & q.detach().isfinite().all())
+    return bool(plain(finite if q is None else finite & q.detach().isfinite().all()).all())
 
 
 def slopes_of(stepper: Stepper, stages: Stages) -> list[Tensor]:
@@ -111,8 +112,7 @@ def _fixed(
         step = stepper(clock, t, t_next, x, q, last)
         x, q, last = step.x, _add(q, step.dq), step.last
         stepper.f.stats.accepted += 1
-    blind = torch._C._are_functorch_transforms_active()  # under vmap there is nothing to look at
-    if not blind and not all_finite(x, q):
+    if not torch.compiler.is_compiling() and not all_finite(x, q):
         if solver.on_failure == "nan":
             return _spoiled(x, q)
         _locate(stepper, begin, clock, grid, failure)
@@ -139,7 +139,7 @@ def _locate(stepper: Stepper, x: Tensor, clock: Clock, grid: list[float], failur
     for t, t_next in pairwise(grid):
         stages = _repeat(stepper, clock, t, t_next, x)
         slopes = slopes_of(stepper, stages)
-        good = all(bool(k.isfinite().all()) for k in slopes)
+        good = all(all_finite(k, None) for k in slopes)
         if not good or not all_finite(stages.x, None):
             raise failure.error("step_underflow", t, t_next - t, stages.x if good else x, slopes)
         x = stages.x
@@ -161,7 +161,10 @@ def _adaptive(
     failure: Failure,
     first: Derivative | None,
 ) -> Integral:
-    """Steps as large as the tolerance allows; the last one lands on the end exactly."""
+    """Steps as large as the tolerance allows; the last one lands on the end exactly.
+
+    Under `torch.func.vmap` all samples take the steps that the worst of them needs, as in a batch.
+    """
     stats = stepper.f.stats
     t, end, q = clock.start, clock.end, None
     sign = 1.0 if end > t else -1.0
@@ -181,7 +184,7 @@ def _adaptive(
             first = stepper.evaluate(clock.times([t], x)[0], x)
         step = stepper(clock, t, t_next, x, q, first)
         errors = step.error
-        error = errors.max().item() if errors is not None and errors.numel() else 0.0
+        error = plain(errors).max().item() if errors is not None and errors.numel() else 0.0
         if error <= 1.0:
             stats.accepted += 1
             h = abs(t_next - t) * control.after_acceptance(error)
@@ -218,9 +221,9 @@ def _started(
             first = stepper.evaluate(clock.times([clock.start], x)[0], x)
         return first, min(solver.first_step, span)
     first, size = stepper.start(clock, x, solver.tableau.order, first)
-    h = size.item()
+    h = plain(size).min().item()
     if not math.isnan(h):
         return first, min(h, span)
-    if not bool(first[0].isfinite().all()):
+    if not all_finite(first[0], None):
         raise failure.error("non_finite_field", clock.start, 0.0, x, [first[0]])
     return first, 1e-6 * span  # a field so large that its norm overflows

@@ -50,7 +50,8 @@ class Solver:
             what they get without those.
         compile: compile each step with `torch.compile`, forward and backward: slow the first time
             (up to a minute), faster ever after; no second derivatives. What cannot be compiled
-            runs eagerly, after a warning.
+            runs eagerly, after a warning. `torch.compile(flow)` leaves solves out of its graph, and
+            gives the same numbers as without it: this compiles their steps, inside it or outside.
         check_field: refuse a field that is not a function of (t, x): dropout or batch norm in
             training, random numbers drawn in it. Without the check, a random field makes the
             gradients of "checkpoint" and "adjoint" wrong: they evaluate it anew.

@@ -105,18 +105,17 @@ def combine(
     A chain of additions with a factor: fewer kernels than stacking the slopes, and faster for small
     and large states alike; `torch.compile` makes one kernel of it.
     """
+    terms = [(weights[i], k) for i, k in enumerate(ks) if weights[i] != 0.0]
     if isinstance(h, Tensor):
         total: Tensor | None = None
-        for w, k in zip(weights, ks, strict=False):
-            if w != 0.0:
-                total = w * k if total is None else total + w * k
+        for w, k in terms:
+            total = w * k if total is None else total + w * k
         if total is None:
             return x
         total = h.reshape(-1, *[1] * (total.ndim - 1)) * total if h.ndim else h * total
         return total if x is None else x + total
-    for w, k in zip(weights, ks, strict=False):
-        if w != 0.0:
-            x = k * (h * w) if x is None else torch.add(x, k, alpha=h * w)
+    for w, k in terms:
+        x = k * (h * w) if x is None else torch.add(x, k, alpha=h * w)
     return x
 
 

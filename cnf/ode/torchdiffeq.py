@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cnf.checks import check_choice, check_count
 from cnf.errors import SolverError
+from cnf.ode.attention import differentiable_attention
 from cnf.ode.control import Tolerance
 from cnf.ode.failure import Failure, largest
 from cnf.ode.gradient import first_derivative
@@ -207,7 +208,8 @@ class _Guard:
         x = state[0]
         low, high = sorted((self.forward_stats.t0, self.forward_stats.t1))
         t = t.clamp(low, high)  # torchdiffeq's search for a first step looks beyond the span
-        dx, dq = self.f(t.to(x), x)
+        with differentiable_attention():  # also in backward, which runs outside of the solve
+            dx, dq = self.f(t.to(x), x)
         slopes = [dx] if dq is None else [dx, dq]
         self._check(t, x, [k.detach() for k in slopes])
         return tuple(slopes)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from cnf.checks import compiling
 from cnf.divergence import Divergence, Estimator, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
 from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
+from cnf.ode.attention import differentiable_attention
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform, check_choices
@@ -191,6 +194,10 @@ class CNF(Transform):
         *,
         log_det: bool,
     ) -> tuple[Tensor, Tensor]:
+        if compiling():  # the steps are no part of a graph: see Solver(compile=True)
+            from cnf.ode import uncompiled
+
+            return uncompiled.run(self._solve, x, context, times, choices, log_det=log_det)
         check_choices(choices)
         if choices.get("steer"):
             times = steered(times, choices["steer"], choices.get("generator"))
@@ -245,18 +252,20 @@ class CNF(Transform):
         # Through torchdiffeq's adjoint the gradient of constants would be counted twice.
         constants = [] if isinstance(solver, TorchDiffEq) else dynamics.constants(x, noise)
         of_samples, shared = ([], constants) if noise is None else (constants, [])
+        differentiates = log_det or torch.is_grad_enabled()
         try:
-            solution = solve(
-                dynamics,
-                x,
-                clock_of(*times, x),
-                solver,
-                args=(context, noise, probe, *of_samples),
-                shared=shared,
-                batch_dims=1,
-                controlled=1,
-                parameters=self.field.parameters() if isinstance(self.field, nn.Module) else (),
-            )
+            with differentiable_attention() if differentiates else nullcontext():
+                solution = solve(
+                    dynamics,
+                    x,
+                    clock_of(*times, x),
+                    solver,
+                    args=(context, noise, probe, *of_samples),
+                    shared=shared,
+                    batch_dims=1,
+                    controlled=1,
+                    parameters=self.field.parameters() if isinstance(self.field, nn.Module) else (),
+                )
         except SolverError as error:
             raise self._explained(error) from error.__cause__
         found = solution.quadratures
