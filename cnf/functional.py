@@ -1,4 +1,4 @@
-"""Modules called with other tensors than their own, and the values beneath torch.func's wrappers."""
+"""Modules called with other tensors than their own, and values beneath torch.func's wrappers."""
 
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ class Failure:
         self.stats.status = status
         limit = f" ({self.limit}={self.bound})" if status == "too_many_steps" else ""
         remedy = _REMEDIES[status].format(limit=self.limit)
-        who = f"{len(samples)} of {total or bad.numel()} samples at fault, first indices {samples[:10]}"
+        n = total or bad.numel()
+        who = f"{len(samples)} of {n} samples at fault, first indices {samples[:10]}"
         if batched(bad):
             who = "at least one sample at fault, which torch.func.vmap hides"
         return SolverError(

@@ -1,4 +1,4 @@
-"""Solves under torch.func: which choices its transforms allow, and what takes the place of others."""
+"""Solves under torch.func: which choices its transforms allow, and what replaces the others."""
 
 from __future__ import annotations
 
