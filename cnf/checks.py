@@ -8,12 +8,30 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["check_bool", "check_choice", "check_count", "check_number", "check_positive", "tracing"]
+__all__ = [
+    "check_bool",
+    "check_choice",
+    "check_count",
+    "check_number",
+    "check_positive",
+    "exporting",
+    "tracing",
+]
 
 
 def tracing() -> bool:
     """Whether values cannot be looked at: under torch.compile and torch.func's transforms."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def exporting() -> bool:
+    """Whether torch.export traces: there is no second trace, so nothing may depend on values.
+
+    torch 2.6 does not tell its strict mode from torch.compile.
+    """
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], other: str = "") -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cnf.checks import exporting
 from cnf.ode.control import MAX_REJECTIONS, Controller, Tolerance
 from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative
@@ -111,7 +112,7 @@ def _fixed(
         step = stepper(clock, t, t_next, x, q, last)
         x, q, last = step.x, _add(q, step.dq), step.last
         stepper.f.stats.accepted += 1
-    blind = torch._C._are_functorch_transforms_active()  # under vmap there is nothing to look at
+    blind = exporting() or torch._C._are_functorch_transforms_active()  # no values to look at
     if not blind and not all_finite(x, q):
         if solver.on_failure == "nan":
             return _spoiled(x, q)

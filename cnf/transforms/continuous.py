@@ -206,7 +206,7 @@ class CNF(Transform):
         context = self._batch_context(context, batch, x)
         if context is not None:
             context = context.clone()  # the caller may reuse its memory before backward
-        flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
+        flat = x.reshape(math.prod(batch), *event)  # (*batch, *event) -> (B, *event)
         end, found = self._integrate(flat, context, times, choices, log_det=log_det)
         n = len(_regularizers(choices)) if log_det else 0
         if n:
@@ -260,7 +260,7 @@ class CNF(Transform):
         except SolverError as error:
             raise self._explained(error) from error.__cause__
         found = solution.quadratures
-        return solution.x, x.new_zeros(len(x), 1) if found is None else found
+        return solution.x, x.new_zeros(x.shape[0], 1) if found is None else found
 
     def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
         """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
@@ -279,7 +279,7 @@ class CNF(Transform):
             )
         check_context_like(context, x)
         check_finite(context, context.ndim - 1, "context")
-        return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
+        return expand_context(context, batch).reshape(math.prod(batch), context.shape[-1])
 
     def _check_state(self, x: Tensor) -> None:
         check_floating(x)
