@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+from cnf.checks import exporting
 from cnf.graph import unknown_leaves
 
 __all__ = ["BoundField", "Products", "linearised", "with_product"]
@@ -19,7 +21,7 @@ closed forms that `VectorField` describes, where the field has them."""
 Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
 """The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
 
-_UNROLLED = 8  # products that a compiled evaluation takes one by one
+_UNROLLED = 8  # products that a compiled evaluation takes one by one; an exported one takes all so
 
 
 def linearised(
@@ -67,16 +69,12 @@ def _linearised(
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
+    if exporting():  # which follows no derivative, but the plain operations that compute it
+        with disable_proxy_modes_tracing():
+            plain = make_fx(lambda x: _by_vjp(evaluate, x, use))(x)
+        return plain(x)
     if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
-        dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
-
-        def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
-            if len(vectors) > _UNROLLED:
-                rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
-                return rows
-            return [pullback(v)[0] for v in vectors.unbind()]
-
-        return dx, use(products, others)
+        return _by_vjp(evaluate, x, use)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
@@ -89,6 +87,23 @@ def _linearised(
             differentiable = bool(unknown_leaves([dx, *others], [x]))
         found = use(lambda vectors: _products(dx, x, vectors, differentiable), others)
     return (dx, found) if differentiable else (dx.detach(), found.detach())
+
+
+def _by_vjp(
+    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    x: Tensor,
+    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The same by torch.func."""
+    dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
+
+    def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
+        if len(vectors) > _UNROLLED and not exporting():  # which cannot follow vmap
+            rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
+            return rows
+        return [pullback(v)[0] for v in vectors.unbind()]
+
+    return dx, use(products, others)
 
 
 def _products(
