@@ -15,21 +15,29 @@ __all__ = [
     "check_number",
     "check_positive",
     "compiling",
+    "exporting",
     "tracing",
 ]
 
 
 def compiling() -> bool:
     """Whether torch.compile builds a graph from what runs, but torch.export does not."""
-    if not torch.compiler.is_dynamo_compiling():
-        return False
-    exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return exporting is None or not exporting()
+    return torch.compiler.is_dynamo_compiling() and not exporting()
 
 
 def tracing() -> bool:
     """Whether values cannot be looked at: under torch.compile and torch.func's transforms."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def exporting() -> bool:
+    """Whether torch.export traces: there is no second trace, so nothing may depend on values.
+
+    torch 2.6 does not tell its strict mode from torch.compile.
+    """
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], other: str = "") -> None:

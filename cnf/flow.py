@@ -588,4 +588,4 @@ def _sample_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
         raise TypeError(f"sample shape {shape!r} must be an integer or a tuple of integers")
     if any(n < 0 for n in sizes):
         raise ValueError(f"sample shape {shape!r} must not be negative")
-    return tuple(int(n) for n in sizes)
+    return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnf.checks import tracing
+from cnf.checks import exporting, tracing
 from cnf.graph import unknown_leaves
 
 __all__ = ["BoundField", "Products", "linearised", "with_product"]
@@ -20,7 +21,7 @@ closed forms that `VectorField` describes, where the field has them."""
 Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
 """The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
 
-_UNROLLED = 8  # products that a compiled evaluation takes one by one
+_UNROLLED = 8  # products that a compiled evaluation takes one by one; an exported one takes all so
 
 
 def linearised(
@@ -69,15 +70,8 @@ def _linearised(
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
     if tracing():  # there torch.func differentiates, and autograd.grad cannot
-        dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
-
-        def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
-            if len(vectors) > _UNROLLED:
-                rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
-                return rows
-            return [pullback(v)[0] for v in vectors.unbind()]
-
-        return dx, use(products, others)
+        by_vjp = partial(_by_vjp, evaluate, use=use)
+        return _in_plain_operations(by_vjp, x) if exporting() else by_vjp(x)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
@@ -90,6 +84,35 @@ def _linearised(
             differentiable = bool(unknown_leaves([dx, *others], [x]))
         found = use(lambda vectors: _products(dx, x, vectors, differentiable), others)
     return (dx, found) if differentiable else (dx.detach(), found.detach())
+
+
+def _by_vjp(
+    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    x: Tensor,
+    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The same by torch.func."""
+    dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
+
+    def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
+        if len(vectors) > _UNROLLED and not exporting():  # which cannot follow vmap
+            rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
+            return rows
+        return [pullback(v)[0] for v in vectors.unbind()]
+
+    return dx, use(products, others)
+
+
+def _in_plain_operations(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """function(x) under torch.export, which follows no derivative but the operations behind it."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    with disable_proxy_modes_tracing():
+        operations = make_fx(function)(x)
+    result: tuple[Tensor, Tensor] = operations(x)
+    return result
 
 
 def _products(

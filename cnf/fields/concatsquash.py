@@ -121,10 +121,10 @@ class ConcatSquashField(VectorField):
         """dx/dt (B, D) at x (B, D), and its divergence (B,)."""
         dx, slopes, gate = self._run(t, x, context, value_and_slope)
         if gate is None:
-            return dx, trace(slopes, constants[0], len(x))
+            return dx, trace(slopes, constants[0], x.shape[0])
         *others, last = self._weights()
         matrix = trace_matrix([*others, gate.unsqueeze(1) * last])
-        return dx, trace(slopes, matrix, len(x))
+        return dx, trace(slopes, matrix, x.shape[0])
 
     def quadratic_form_constants(self, probes: Tensor) -> Constants:
         """(W_1 e, W_n^T e) for probes e (B, k, *event)."""
@@ -164,7 +164,7 @@ class ConcatSquashField(VectorField):
         """
         s = t.unsqueeze(-1)  # (1,), or (B, 1 + C) with context
         if context is not None:
-            s = torch.cat((s.expand(len(context), 1), context), -1)
+            s = torch.cat((s.expand(context.shape[0], 1), context), -1)
         *hidden, output = self.layers
         slopes = []
         for layer, activation in zip(hidden, self.activations, strict=True):

@@ -105,7 +105,7 @@ class Concat(nn.Module):
         """Shifts (1, H, height, width), or (B, H, height, width) with context."""
         s = tau.unsqueeze(0) if tau.ndim == 1 else tau
         if context is not None:
-            s = torch.cat((s.expand(len(context), -1), context), 1)
+            s = torch.cat((s.expand(context.shape[0], -1), context), 1)
         s = s.unflatten(1, (-1, 1, 1))
         pairs = zip(self.layers, self.sizes, strict=True)
         return [(None, layer(s.expand(-1, -1, *size))) for layer, size in pairs]

@@ -137,7 +137,7 @@ class HollowField(VectorField):
         self, t: Tensor, x: Tensor, context: Tensor | None, weights: tuple[Tensor, ...]
     ) -> Tensor:
         """The first layer of tau before its activation (B * D, H)."""
-        s = time_features(t, self.frequencies).expand(len(x), -1)  # (B, T)
+        s = time_features(t, self.frequencies).expand(x.shape[0], -1)  # (B, T)
         s = s if context is None else torch.cat((s, context), -1)
         h = self.conditioner(s, x, weights)  # (B, D, k)
         first = self._linears()[0]

@@ -64,4 +64,4 @@ class LinearField(VectorField):
         self, t: Tensor, x: Tensor, context: Tensor | None, constants: Constants
     ) -> tuple[Tensor, Tensor]:
         """dx/dt (B, D) at x (B, D), and its divergence (B,)."""
-        return self.derivative(t, x, context), constants[0].expand(len(x))
+        return self.derivative(t, x, context), constants[0].expand(x.shape[0])

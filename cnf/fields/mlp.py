@@ -109,7 +109,7 @@ class MLPField(VectorField):
         """dx/dt (B, D) at x (B, D), and its divergence (B,)."""
         h, slopes = self._hidden(t, x, context, value_and_slope)
         dx = self.network[-1](h) if slopes else h
-        return dx, trace(slopes, constants[0], len(x))
+        return dx, trace(slopes, constants[0], x.shape[0])
 
     def quadratic_form_constants(self, probes: Tensor) -> Constants:
         """(W_1 e, W_n^T e) for probes e (B, k, *event)."""
@@ -163,7 +163,7 @@ class MLPField(VectorField):
         """W_1 [x, tau, c] + b_1 (B, H)."""
         first = self._linears()[0]
         if first._forward_pre_hooks or first._forward_hooks:  # they must run
-            parts = [x, tau.expand(len(x), -1), *([] if context is None else [context])]
+            parts = [x, tau.expand(x.shape[0], -1), *([] if context is None else [context])]
             return first(torch.cat(parts, 1))
         # The rows of W^T for x, tau and c: time is added once a batch, and products with few
         # columns, as in the gradient with respect to x, are several times faster this way round.
@@ -179,5 +179,5 @@ class MLPField(VectorField):
 
     def _gate(self, layer: nn.Module, tau: Tensor, context: Tensor | None) -> Tensor:
         """sigmoid(G_l [tau, c] + v_l), (H,), or (B, H) with context or times of each sample."""
-        s = tau if context is None else torch.cat((tau.expand(len(context), -1), context), 1)
+        s = tau if context is None else torch.cat((tau.expand(context.shape[0], -1), context), 1)
         return torch.sigmoid(layer(s))

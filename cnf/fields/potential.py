@@ -176,7 +176,7 @@ class PotentialField(VectorField):
 
     def _inputs(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """s = (x, t, c) (B, D + 1 + C)."""
-        parts = [x, t.unsqueeze(-1).expand(len(x), 1)]
+        parts = [x, t.unsqueeze(-1).expand(x.shape[0], 1)]
         return torch.cat(parts if context is None else [*parts, context], -1)
 
     def _linears(self) -> list[nn.Linear]:

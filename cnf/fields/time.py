@@ -47,7 +47,7 @@ def at_own_times(
     if takes_batched_time(field):
         return field(t, *given)
 
-    if not len(t):  # vmap asks for one sample at least
+    if not t.shape[0]:  # vmap asks for one sample at least
         return field(t.sum(), *given)
 
     def single(t: Tensor, *given: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from cnf.checks import exporting
 from cnf.ode.rhs import Function
 from cnf.ode.solver import Solver
 from cnf.ode.torchdiffeq import TorchDiffEq
 from cnf.warn import warn
 
-__all__ = ["check_modules", "check_precision", "refuse_randomness"]
+__all__ = ["check_exportable", "check_modules", "check_precision", "refuse_randomness"]
 
 _TF32_RESOLUTION = 2.0**-10
 
@@ -96,6 +97,28 @@ def check_precision(solver: Solver | TorchDiffEq, x: Tensor) -> None:
             f"{name} resolves {resolution:.1g}, too coarse for rtol={solver.rtol:g} and "
             f"atol={solver.atol:g}: the solver takes many small steps for errors that it cannot "
             f"remove; {remedy}, or use fixed steps or tolerances above {30 * resolution:.2g}"
+        )
+
+
+def check_exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) -> None:
+    """Refuse a solve that torch.export cannot trace, where it does.
+
+    Raises:
+        ValueError: steps or rows that depend on values, or times that are tensors.
+    """
+    if not exporting():
+        return
+    adaptive = isinstance(solver, TorchDiffEq) or solver.adaptive
+    if adaptive or (solver.batch, solver.on_failure) != ("shared", "raise"):
+        raise ValueError(
+            "torch.export needs a solve whose steps depend on no values: use "
+            "solver=cnf.Solver('rk4', steps=20), with batch='shared' and on_failure='raise'; "
+            f"got solver={solver}"
+        )
+    if any(isinstance(t, Tensor) for t in times):
+        raise ValueError(
+            "torch.export needs times that are numbers, got tensors; export a copy of the CNF "
+            "built with times=(float(t0), float(t1))"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cnf.checks import exporting
 from cnf.errors import SolverError
 from cnf.functional import batched, plain
 from cnf.ode.control import Tolerance
@@ -46,8 +47,8 @@ def samples_of(bad: Tensor) -> list[int]:
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest |x|, a tensor (); 0 for an empty one."""
-    return x.detach().abs().max() if x.numel() else x.new_zeros(())
+    """The largest |x|, a tensor (); 0 for an empty one, and where no failure can be told."""
+    return x.new_zeros(()) if exporting() or not x.numel() else x.detach().abs().max()
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

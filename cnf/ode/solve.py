@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cnf.checks import exporting
 from cnf.functional import plain
 from cnf.ode.control import MAX_REJECTIONS, Controller, Tolerance
 from cnf.ode.failure import Failure, largest
@@ -112,7 +113,7 @@ def _fixed(
         step = stepper(clock, t, t_next, x, q, last)
         x, q, last = step.x, _add(q, step.dq), step.last
         stepper.f.stats.accepted += 1
-    if not torch.compiler.is_compiling() and not all_finite(x, q):
+    if not exporting() and not all_finite(x, q):
         if solver.on_failure == "nan":
             return _spoiled(x, q)
         _locate(stepper, begin, clock, grid, failure)

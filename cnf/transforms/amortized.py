@@ -60,7 +60,7 @@ class Amortized(nn.Module):
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         parts = self.predict(context).split(sizes, -1)  # (B, size) each
         shaped = zip(parts, self.shapes.values(), strict=True)
-        return tuple(part.reshape(len(context), *shape) for part, shape in shaped)
+        return tuple(part.reshape(context.shape[0], *shape) for part, shape in shaped)
 
     @torch.no_grad()
     def set(self, **initial: Tensor) -> None:

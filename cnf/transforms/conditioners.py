@@ -76,7 +76,7 @@ class MLP(nn.Module):
         x = x.flatten(1)
         if context is not None:
             x = torch.cat([x, context], 1)
-        return cast(Tensor, self.network(x).reshape(len(x), *self.outputs))
+        return cast(Tensor, self.network(x).reshape(x.shape[0], *self.outputs))
 
 
 class ConvNet(nn.Module):

@@ -18,6 +18,7 @@ from cnf.fields.base import Field, context_use
 from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.attention import differentiable_attention
+from cnf.ode.diagnosis import check_exportable
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform, check_choices
@@ -213,7 +214,7 @@ class CNF(Transform):
         context = self._batch_context(context, batch, x)
         if context is not None:
             context = context.clone()  # the caller may reuse its memory before backward
-        flat = x.reshape(batch.numel(), *event)  # (*batch, *event) -> (B, *event)
+        flat = x.reshape(math.prod(batch), *event)  # (*batch, *event) -> (B, *event)
         end, found = self._integrate(flat, context, times, choices, log_det=log_det)
         n = len(_regularizers(choices)) if log_det else 0
         if n:
@@ -241,6 +242,7 @@ class CNF(Transform):
         """
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
+        check_exportable(solver, times)
         generator = choices.get("generator")
         noise = divergence.sample_noise(x, generator) if log_det else None
         each = log_det and "variances" in choices and _in_probes(divergence, noise)
@@ -269,7 +271,7 @@ class CNF(Transform):
         except SolverError as error:
             raise self._explained(error) from error.__cause__
         found = solution.quadratures
-        return solution.x, x.new_zeros(len(x), 1) if found is None else found
+        return solution.x, x.new_zeros(x.shape[0], 1) if found is None else found
 
     def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
         """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
@@ -288,7 +290,7 @@ class CNF(Transform):
             )
         check_context_like(context, x)
         check_finite(context, context.ndim - 1, "context")
-        return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
+        return expand_context(context, batch).reshape(math.prod(batch), context.shape[-1])
 
     def _check_state(self, x: Tensor) -> None:
         check_floating(x)

@@ -110,13 +110,13 @@ class Coupling(DiscreteTransform):
         """(B, P, *changed)."""
         raw: Tensor = self.conditioner(kept, context)
         n = self.elementwise.parameters
-        if raw.shape[1:] != self.outputs or len(raw) != len(kept):
+        if raw.shape[1:] != self.outputs or raw.shape[0] != kept.shape[0]:
             raise ValueError(
                 f"conditioner returned the shape {tuple(raw.shape)}, expected "
-                f"{(len(kept), *self.outputs)}: {n} parameters for each of the dimensions "
+                f"{(kept.shape[0], *self.outputs)}: {n} parameters for each of the dimensions "
                 f"{tuple(changed.shape[1:])} that change, the first of all of them first"
             )
-        return raw.reshape(len(kept), n, *changed.shape[1:])
+        return raw.reshape(kept.shape[0], n, *changed.shape[1:])
 
 
 def _by_first_dimension(mask: Tensor) -> bool:

@@ -52,9 +52,9 @@ class DiscreteTransform(Transform):
         >>> import torch
         >>> class Double(DiscreteTransform):
         ...     def to_data(self, z, context):
-        ...         return 2 * z, z.new_full((len(z),), math.log(2) * z[0].numel())
+        ...         return 2 * z, z.new_full((z.shape[0],), math.log(2) * z[0].numel())
         ...     def to_base(self, x, context):
-        ...         return x / 2, x.new_full((len(x),), -math.log(2) * x[0].numel())
+        ...         return x / 2, x.new_full((x.shape[0],), -math.log(2) * x[0].numel())
         >>> Double(3).forward_and_log_det(torch.ones(1, 3))
         (tensor([[2., 2., 2.]]), tensor([2.0794]))
     """
@@ -119,7 +119,7 @@ class DiscreteTransform(Transform):
         if device != "meta" and torch.is_autocast_enabled(device):  # which would cost whole nats
             with torch.autocast(device, enabled=False):
                 return self._on_batch(formula, x, context, shape)
-        n = batch.numel()
+        n = math.prod(batch)
         if len(batch) != 1:
             context = None if context is None else context.reshape(n, self.context)
             x = x.reshape(n, *shape)

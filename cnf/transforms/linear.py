@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cnf.checks import exporting
 from cnf.transforms.amortized import Amortized
 from cnf.transforms.base import Choices, check_choices
 from cnf.transforms.discrete import DiscreteTransform, Formula
@@ -35,11 +36,11 @@ class _MatrixTransform(DiscreteTransform):
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """A z + b and log |det A| for each vector."""
-        return self._multiply(z), self._log_det().expand(len(z))
+        return self._multiply(z), self._log_det().expand(z.shape[0])
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """A^-1 (x - b) and -log |det A| for each vector."""
-        return self._solve(x), -self._log_det().expand(len(x))
+        return self._solve(x), -self._log_det().expand(x.shape[0])
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -65,7 +66,7 @@ class _MatrixTransform(DiscreteTransform):
 
     def _vectors(self, x: Tensor) -> Tensor:
         """A sample as vectors (B, n, P)."""
-        return x.reshape(len(x), self.matrix.size, self.dims // self.matrix.size)
+        return x.reshape(x.shape[0], self.matrix.size, self.dims // self.matrix.size)
 
     def _act(self, operation: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         """A or A^-1 times each vector of h (B, n, P).
@@ -75,7 +76,7 @@ class _MatrixTransform(DiscreteTransform):
         """
         n = self.matrix.size
         single = h.shape[2] == 1
-        if single and len(h) <= 2 * n:
+        if single and not exporting() and h.shape[0] <= 2 * n:
             return operation(h.squeeze(2)).unsqueeze(2)
         transposed = operation(torch.eye(n, dtype=h.dtype, device=h.device))
         if single:
@@ -88,7 +89,7 @@ class _MatrixTransform(DiscreteTransform):
 
 def _alone(value: Callable[[Tensor], Tensor]) -> Formula:
     """A formula of the value, whose log-determinant nobody reads."""
-    return lambda x, _: (value(x), x.new_zeros(len(x)))
+    return lambda x, _: (value(x), x.new_zeros(x.shape[0]))
 
 
 class Linear(_MatrixTransform):
@@ -254,12 +255,12 @@ class Diagonal(DiscreteTransform):
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """exp(s) z + b and sum s."""
         s, b = self.amortized(context)
-        return s.exp() * z + b, self._sum(s).expand(len(z))
+        return s.exp() * z + b, self._sum(s).expand(z.shape[0])
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """exp(-s) (x - b) and -sum s."""
         s, b = self.amortized(context)
-        return (-s).exp() * (x - b), -self._sum(s).expand(len(x))
+        return (-s).exp() * (x - b), -self._sum(s).expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

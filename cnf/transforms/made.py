@@ -102,7 +102,7 @@ class MADE(nn.Module):
             if i == 0 and self.from_context is not None:
                 a = a + self.from_context(context)
             h = h + activation(a) if self.residual and i else activation(a)
-        return cast(Tensor, self.last(h).reshape(len(x), self.parameters_each, self.features))
+        return cast(Tensor, self.last(h).reshape(x.shape[0], self.parameters_each, self.features))
 
 
 def _degrees(features: int, width: int, *, with_context: bool) -> list[int]:

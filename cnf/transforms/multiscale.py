@@ -74,23 +74,23 @@ class Squeeze(DiscreteTransform):
         """x (B, C, H, W) and zero (B,)."""
         channels, height, width = self.event_shape
         if self.order == "channel":
-            blocks = z.reshape(len(z), channels, 4, height // 2, width // 2)
+            blocks = z.reshape(z.shape[0], channels, 4, height // 2, width // 2)
         else:
-            a, d, b, c = z.reshape(len(z), 4, channels, height // 2, width // 2).unbind(1)
+            a, d, b, c = z.reshape(z.shape[0], 4, channels, height // 2, width // 2).unbind(1)
             blocks = torch.stack((a, b, c, d), 2)
-        blocks = blocks.reshape(len(z), channels, 2, 2, height // 2, width // 2)
-        x = blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), *self.event_shape)
-        return x, z.new_zeros(len(z))
+        blocks = blocks.reshape(z.shape[0], channels, 2, 2, height // 2, width // 2)
+        x = blocks.permute(0, 1, 4, 2, 5, 3).reshape(z.shape[0], *self.event_shape)
+        return x, z.new_zeros(z.shape[0])
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, 4 C, H/2, W/2) and zero (B,)."""
         channels, height, width = self.event_shape
-        blocks = x.reshape(len(x), channels, height // 2, 2, width // 2, 2)
+        blocks = x.reshape(x.shape[0], channels, height // 2, 2, width // 2, 2)
         blocks = blocks.permute(0, 1, 3, 5, 2, 4)  # (B, C, 2, 2, H/2, W/2)
         if self.order == "checkerboard":
             (a, b), (c, d) = (row.unbind(2) for row in blocks.unbind(2))
             blocks = torch.stack((a, d, b, c), 1)
-        return blocks.reshape(len(x), *self.base_shape), x.new_zeros(len(x))
+        return blocks.reshape(x.shape[0], *self.base_shape), x.new_zeros(x.shape[0])
 
     def extra_repr(self) -> str:
         """The shape and the order."""

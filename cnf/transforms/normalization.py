@@ -32,7 +32,7 @@ class _ChannelTransform(DiscreteTransform):
 
     def _total(self, log_scale: Tensor, x: Tensor) -> Tensor:
         """The log-determinants (B,) of scales of the channels (C,)."""
-        return (log_scale.sum() * self._pixels).expand(len(x))
+        return (log_scale.sum() * self._pixels).expand(x.shape[0])
 
     def _by_channel(self, x: Tensor) -> Tensor:
         """All values of each channel (C, N) in x (B, C, ...)."""
@@ -230,7 +230,7 @@ class BatchNorm(_ChannelTransform):
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z by the mean and variance of the batch, or the running ones; its log-determinant."""
         mean, var = self.running_mean, self.running_var
-        if self.training and len(x):
+        if self.training and x.shape[0]:
             mean, var = self._of_batch(x)
         log_scale = self._log_scale(var)
         scale, b, m = map(self._like_x, (log_scale.exp(), self.shift, mean))
@@ -242,7 +242,7 @@ class BatchNorm(_ChannelTransform):
 
     def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (C,) of a batch; the running ones move towards them."""
-        n = len(x) * self._pixels
+        n = x.shape[0] * self._pixels
         if n < 2:
             raise ValueError(
                 "BatchNorm in train() mode needs 2 or more values for each channel, got a batch of "

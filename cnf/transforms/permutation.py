@@ -55,11 +55,11 @@ class Permutation(DiscreteTransform):
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and zero (B,)."""
-        return z.index_select(1, self.order), z.new_zeros(len(z))
+        return z.index_select(1, self.order), z.new_zeros(z.shape[0])
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and zero (B,)."""
-        return x.index_select(1, self.inverse_order), x.new_zeros(len(x))
+        return x.index_select(1, self.inverse_order), x.new_zeros(x.shape[0])
 
 
 def _order(

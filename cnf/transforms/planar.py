@@ -65,14 +65,14 @@ class Planar(DiscreteTransform):
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x = z + u^ h(a) and log(1 + k h'(a))."""
         u, w, b, p = self._constrained(context)
-        flat = z.reshape(len(z), self.dims)
+        flat = z.reshape(z.shape[0], self.dims)
         h, log_det = self._bend((w * flat).sum(-1) + b, p)
         return (flat + u * h).reshape(z.shape), log_det
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z = x - u^ h(a) and -log(1 + k h'(a)), where a + k h(a) = w.x + b."""
         u, w, b, p = self._constrained(context)
-        flat = x.reshape(len(x), self.dims)
+        flat = x.reshape(x.shape[0], self.dims)
         a = root(ACTIVATIONS[self.activation], (w * flat).sum(-1) + b, p)
         h, log_det = self._bend(a, p)
         return (flat - u * h).reshape(x.shape), -log_det

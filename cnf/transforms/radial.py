@@ -59,14 +59,14 @@ class Radial(DiscreteTransform):
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x = z0 + (z - z0) (1 + beta h)."""
         centre, alpha, p = self._constrained(context)
-        away = z.reshape(len(z), self.dims) - centre
+        away = z.reshape(z.shape[0], self.dims) - centre
         stretch, log_det = self._stretch(_norm(away), alpha, p)
         return (centre + away * stretch.unsqueeze(-1)).reshape(z.shape), log_det
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z = z0 + (x - z0) / (1 + beta h), where r (1 + beta h) = |x - z0|."""
         centre, alpha, p = self._constrained(context)
-        away = x.reshape(len(x), self.dims) - centre
+        away = x.reshape(x.shape[0], self.dims) - centre
         r = _radius(_norm(away), alpha, p)
         stretch, log_det = self._stretch(r, alpha, p)
         return (centre + away / stretch.unsqueeze(-1)).reshape(x.shape), -log_det

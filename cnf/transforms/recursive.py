@@ -101,7 +101,7 @@ class RecursiveCoupling(DiscreteTransform):
     ) -> tuple[Tensor, Tensor]:
         """Each half by its own map."""
         parts = list(x.split(self.sizes, 1))
-        log_det = x.new_zeros(len(x))
+        log_det = x.new_zeros(x.shape[0])
         for i, half in enumerate(self.halves):
             if isinstance(half, RecursiveCoupling):
                 parts[i], more = getattr(half, direction)(parts[i], context)

@@ -120,7 +120,7 @@ class Sylvester(DiscreteTransform):
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x = z + Q R h(a)."""
         q, out, within, b, p = self._constrained(context, z)
-        flat = z.reshape(len(z), self.dims)
+        flat = z.reshape(z.shape[0], self.dims)
         a = _apply(within, _apply(q.mT, flat)) + b  # (B, M)
         h, log_det = self._bend(a, p)
         return (flat + _apply(q, _apply(out, h))).reshape(z.shape), log_det
@@ -132,7 +132,7 @@ class Sylvester(DiscreteTransform):
         a_i = c + r~_ii v_i, which gives a_i + r_ii r~_ii h(a_i) = c + r~_ii y_i.
         """
         q, out, within, b, p = self._constrained(context, x)
-        flat = x.reshape(len(x), self.dims)
+        flat = x.reshape(x.shape[0], self.dims)
         v = _apply(q.mT, flat)  # (B, M): y less what is known of R h; in the end v
         a = b.expand_as(v)  # (B, M): b and what is known of R~ v; in the end a
         for i in reversed(range(self.rank)):
