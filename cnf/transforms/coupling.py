@@ -12,6 +12,7 @@ from cnf.transforms.conditioners import Conditioner, default_conditioner
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.elementwise import Elementwise, as_elementwise
 from cnf.transforms.masks import make_mask
+from cnf.user_modules import copies
 
 __all__ = ["Coupling"]
 
@@ -108,7 +109,7 @@ class Coupling(DiscreteTransform):
 
     def _predict(self, kept: Tensor, changed: Tensor, context: Tensor | None) -> Tensor:
         """(B, P, *changed)."""
-        raw: Tensor = self.conditioner(kept, context)
+        raw: Tensor = self.conditioner(*copies((kept, context)))  # it may write into them
         n = self.elementwise.parameters
         if raw.shape[1:] != self.outputs or len(raw) != len(kept):
             raise ValueError(

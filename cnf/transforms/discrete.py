@@ -14,11 +14,17 @@ from cnf.fields.base import event_shape_of
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.inputs import check_context_like, check_event, check_like
+from cnf.user_modules import copies, drew, random_states, refuse_unfit, versions, writes_unseen
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["DiscreteTransform", "check_context_size"]
+
+_REMEDY = (
+    "the flow is then not one map with one density: use flow.eval(), leave it out (nn.LayerNorm "
+    "normalizes each sample by itself), or set check_modules = False on the layer to train so"
+)
 
 Formula = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(B, *event), (B, C) or None -> (B, *event), (B,)."""
@@ -37,16 +43,23 @@ class DiscreteTransform(Transform):
     Any batch dimensions, the broadcast of context, and the checks of both are done here; under
     autocast the formulas still compute in the dtype of x.
 
+    Attributes:
+        check_modules: whether a call refuses parts that are random or mix the samples of a batch,
+            such as dropout or batch norm in `train()`; set it to False on a layer to train it so
+            on purpose.
+
     Args:
         features: dimensions of a data sample, D, or its shape, such as (C, H, W).
         context: number of context features, 0 for none.
         base_shape: shape of a base sample, where it is another.
 
     Raises:
+        RuntimeError: in a call, a formula that writes into its arguments.
         TypeError: in a call, x or context of a wrong dtype, an unknown choice, or a formula that
             does not return two tensors.
         ValueError: a size that is not positive; in a call, x or context of a wrong shape or device,
-            context missing or not expected, or a formula that returns other shapes.
+            context missing or not expected, a formula that returns other shapes, or parts that
+            `check_modules` refuses.
 
     Example:
         >>> import torch
@@ -61,6 +74,8 @@ class DiscreteTransform(Transform):
 
     event_shape: tuple[int, ...]
     base_shape: tuple[int, ...]
+    check_modules: bool = True
+    probed: frozenset[bool] = frozenset()  # the training modes seen to draw no random numbers
 
     def __init__(
         self,
@@ -123,7 +138,7 @@ class DiscreteTransform(Transform):
         if len(batch) != 1:
             context = None if context is None else context.reshape(n, self.context)
             x = x.reshape(n, *shape)
-        result = formula(x, context)
+        result = self._called(formula, x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
         if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
@@ -131,6 +146,38 @@ class DiscreteTransform(Transform):
         if len(batch) == 1:
             return value, log_det
         return value.reshape(*batch, *other), log_det.reshape(batch)
+
+    def _called(self, formula: Formula, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a formula returns; refused where this layer is seen to be no map of single samples.
+
+        Whether it draws random numbers is tried once in train() and once in eval(): comparing the
+        states of the generator takes longer than a small layer should.
+        """
+        before = None
+        if self.check_modules:
+            refuse_unfit(self, type(self).__name__, _REMEDY)
+            if self.training not in self.probed and not torch.compiler.is_compiling():
+                before = random_states(x)
+        if writes_unseen(x):
+            result = formula(*copies((x, context)))
+        else:
+            given = versions(x, context)
+            result = formula(x, context)
+            if versions(x, context) != given:
+                raise self._wrote(formula)
+        if before is not None:
+            if drew(before, x):
+                raise ValueError(f"this {type(self).__name__} drew random numbers; {_REMEDY}")
+            self.probed = self.probed | {self.training}
+        return result
+
+    def _wrote(self, formula: Formula) -> RuntimeError:
+        """The error of a formula that writes into its arguments."""
+        return RuntimeError(
+            f"{type(self).__name__}.{getattr(formula, '__name__', 'formula')} modified its "
+            "argument in-place, and with it the caller's tensor; copy it first, as in "
+            "x = x.clone(), or use the out-of-place operation (x * 2 for x *= 2, inplace=False)"
+        )
 
     def _wrong_result(self, formula: Formula, result: object, shape: tuple[int, ...]) -> Exception:
         """What a formula should have returned."""
