@@ -24,7 +24,7 @@ from cnf.transforms.continuous import CNF
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.inputs import check_like
 from cnf.transforms.regularization import check_regularization
-from cnf.user_modules import refuse_unfit
+from cnf.user_modules import has_suspects, refuse_unfit
 
 __all__ = ["Flow"]
 
@@ -69,6 +69,7 @@ class Flow(nn.Module):
     """
 
     check_modules: bool = True
+    checked: bool | None = None  # the training mode in which all parts were found to be fit
 
     def __init__(self, base: Base | Distribution, transform: Transform) -> None:
         super().__init__()
@@ -515,8 +516,11 @@ class Flow(nn.Module):
 
     def _check_modules(self) -> None:
         """Refuse parts that are random or mix samples; most transforms look after their own."""
-        if self.check_modules:
-            refuse_unfit(self, type(self).__name__, _REMEDY, (CNF, DiscreteTransform))
+        if self.check_modules and self.checked != self.training:
+            apart = (CNF, DiscreteTransform)
+            refuse_unfit(self, type(self).__name__, _REMEDY, apart)
+            if not (has_suspects(self, apart) or torch.compiler.is_compiling()):
+                self.checked = self.training
 
     def _check_shape(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

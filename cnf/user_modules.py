@@ -16,7 +16,17 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.checks import tracing
 
-__all__ = ["copies", "drew", "random_states", "refuse_unfit", "versions", "writes_unseen"]
+__all__ = [
+    "copies",
+    "drew",
+    "has_suspects",
+    "is_foreign",
+    "random_states",
+    "refuse_unfit",
+    "tracked",
+    "versions",
+    "writes_unseen",
+]
 
 _SUSPECTS = (
     _DropoutNd,
@@ -27,12 +37,11 @@ _SUSPECTS = (
     nn.FractionalMaxPool2d,
     nn.FractionalMaxPool3d,
 )
-_HARMLESS = frozenset(
-    kind
-    for kind in vars(nn).values()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and not issubclass(kind, _SUSPECTS)
-)
-"""Classes that need no second look: this is asked of every part of a layer at every call."""
+
+
+def has_suspects(root: nn.Module, skip: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether there are parts that `refuse_unfit` may refuse, as they stand or in another mode."""
+    return bool(_suspects(root, skip))
 
 
 def refuse_unfit(
@@ -55,26 +64,21 @@ def refuse_unfit(
         Traceback (most recent call last):
         ValueError: the module '0' of this field (BatchNorm1d) normalizes over the batch and so ...
     """
-    found = _first_unfit(root, skip)
-    if found is None:
-        return
-    path = next((name for name, part in root.named_modules() if part is found), "")
-    raise ValueError(
-        f"the module {path!r} of this {whole} ({type(found).__name__}) {_reason(found)}; {remedy}"
-    )
+    for part in _suspects(root, skip):
+        if reason := _reason(part):
+            path = next(name for name, other in root.named_modules() if other is part)
+            raise ValueError(
+                f"the module {path!r} of this {whole} ({type(part).__name__}) {reason}; {remedy}"
+            )
 
 
-def _first_unfit(module: nn.Module, skip: tuple[type[nn.Module], ...]) -> nn.Module | None:
-    """The first part that is unfit; `module.modules()` takes thrice as long."""
-    if type(module) not in _HARMLESS and isinstance(module, _SUSPECTS) and _reason(module):
-        return module
+def _suspects(module: nn.Module, skip: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """The parts of a module that may be unfit, itself included, without what is to be skipped."""
+    found: list[nn.Module] = [module] if isinstance(module, _SUSPECTS) else []
     for child in module._modules.values():
-        if child is None or (skip and isinstance(child, skip)):
-            continue
-        found = _first_unfit(child, skip)
-        if found is not None:
-            return found
-    return None
+        if child is not None and not isinstance(child, skip):
+            found += _suspects(child, skip)
+    return found
 
 
 def _reason(part: nn.Module) -> str:
@@ -111,9 +115,24 @@ def writes_unseen(x: Tensor) -> bool:
     return tracing() or x.is_inference()
 
 
-def versions(*tensors: Tensor | None) -> list[int]:
-    """How often tensors have been written into; those of inference mode do not say."""
-    return [v._version for v in tensors if v is not None and not v.is_inference()]
+def is_foreign(part: object) -> bool:
+    """Whether it is of somebody else: what this package gives writes into no argument.
+
+    Example:
+        >>> is_foreign(nn.Linear(2, 2))
+        True
+    """
+    return not type(part).__module__.startswith("cnf.")
+
+
+def tracked(tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """Those that count how often they were written into: not those of inference mode."""
+    return tuple(v for v in tensors if v is not None and not v.is_inference())
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often `tracked` tensors have been written into."""
+    return [v._version for v in tensors]
 
 
 def copies(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.stats import SolveStats
-from cnf.user_modules import copies, versions, writes_unseen
+from cnf.user_modules import copies, tracked, versions, writes_unseen
 
 __all__ = ["Derivative", "Function", "RightHandSide", "Watch", "evaluate"]
 
@@ -54,6 +54,7 @@ class RightHandSide:
         self.batch_dims = batch_dims
         self.stats = stats
         self.per_sample = per_sample
+        self.tracked = tracked(self.inputs)
         self.precision: Callable[[], AbstractContextManager[Any]] | None = None
         self.watch: Watch | None = None
 
@@ -78,12 +79,14 @@ class RightHandSide:
         other = copy.copy(self)
         other.args = tuple(_leaf(v) for v in self.args)
         other.shared = tuple(_leaf(v) for v in self.shared)
+        other.tracked = tracked(other.inputs)
         return other
 
     def rows(self, index: Tensor) -> RightHandSide:
         """The same for the samples of an index (N,)."""
         other = copy.copy(self)
         other.args = tuple(a if a is None else a[index] for a in self.args)
+        other.tracked = tracked(other.inputs)
         return other
 
     def in_precision(self, x: Tensor) -> AbstractContextManager[Any]:
@@ -109,7 +112,7 @@ class RightHandSide:
             t, x = t.clone(), x.clone()
             args, shared = copies(args), copies(shared)
         else:
-            given = versions(t, x, *self.inputs)
+            given = versions((t, x, *self.tracked))
         try:
             with self.in_precision(x):
                 result = evaluate(self.f, t, x, args, shared, self.batch_dims, self.per_sample)
@@ -117,7 +120,7 @@ class RightHandSide:
             if "leaf Variable that requires grad" not in str(error):
                 raise
             raise _wrote("an argument") from error  # autograd forbids it before we see it
-        if given is not None and (now := versions(t, x, *self.inputs)) != given:
+        if given is not None and (now := versions((t, x, *self.tracked))) != given:
             changed = [a != b for a, b in zip(now, given, strict=True)].index(True)
             raise _wrote({0: "its argument t", 1: "its argument x"}.get(changed, _BEHIND))
         return result

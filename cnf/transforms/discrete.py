@@ -14,7 +14,7 @@ from cnf.fields.base import event_shape_of
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.inputs import check_context_like, check_event, check_like
-from cnf.user_modules import copies, drew, random_states, refuse_unfit, versions, writes_unseen
+from cnf.user_modules import copies, drew, has_suspects, is_foreign, random_states, refuse_unfit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +54,6 @@ class DiscreteTransform(Transform):
         base_shape: shape of a base sample, where it is another.
 
     Raises:
-        RuntimeError: in a call, a formula that writes into its arguments.
         TypeError: in a call, x or context of a wrong dtype, an unknown choice, or a formula that
             does not return two tensors.
         ValueError: a size that is not positive; in a call, x or context of a wrong shape or device,
@@ -75,7 +74,8 @@ class DiscreteTransform(Transform):
     event_shape: tuple[int, ...]
     base_shape: tuple[int, ...]
     check_modules: bool = True
-    probed: frozenset[bool] = frozenset()  # the training modes seen to draw no random numbers
+    checked: bool | None = None  # the training mode in which all parts were found to be fit
+    foreign: bool = False  # whether somebody else wrote the formulas, who may write into arguments
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class DiscreteTransform(Transform):
         self.event_shape = event_shape_of(features)
         self.base_shape = self.event_shape if base_shape is None else tuple(base_shape)
         self.context = context
+        self.foreign = is_foreign(self)
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
@@ -138,7 +139,12 @@ class DiscreteTransform(Transform):
         if len(batch) != 1:
             context = None if context is None else context.reshape(n, self.context)
             x = x.reshape(n, *shape)
-        result = self._called(formula, x, context)
+        if self.foreign:
+            x, context = copies((x, context))  # it may write into them
+        if self.checked == self.training or not self.check_modules:
+            result = formula(x, context)
+        else:
+            result = self._checked(formula, x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
         if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
@@ -147,37 +153,25 @@ class DiscreteTransform(Transform):
             return value, log_det
         return value.reshape(*batch, *other), log_det.reshape(batch)
 
-    def _called(self, formula: Formula, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _checked(
+        self, formula: Formula, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """What a formula returns; refused where this layer is seen to be no map of single samples.
 
-        Whether it draws random numbers is tried once in train() and once in eval(): comparing the
-        states of the generator takes longer than a small layer should.
+        To look at every part takes longer than a small layer should, so it is done at the first
+        call, and whenever train() or eval() was called since, unless there is reason to doubt.
         """
-        before = None
-        if self.check_modules:
+        doubtful = has_suspects(self)
+        if doubtful:
             refuse_unfit(self, type(self).__name__, _REMEDY)
-            if self.training not in self.probed and not torch.compiler.is_compiling():
-                before = random_states(x)
-        if writes_unseen(x):
-            result = formula(*copies((x, context)))
-        else:
-            given = versions(x, context)
-            result = formula(x, context)
-            if versions(x, context) != given:
-                raise self._wrote(formula)
-        if before is not None:
-            if drew(before, x):
-                raise ValueError(f"this {type(self).__name__} drew random numbers; {_REMEDY}")
-            self.probed = self.probed | {self.training}
+        if torch.compiler.is_compiling():
+            return formula(x, context)
+        before = random_states(x)
+        result = formula(x, context)
+        if drew(before, x):
+            raise ValueError(f"this {type(self).__name__} drew random numbers; {_REMEDY}")
+        self.checked = None if doubtful else self.training
         return result
-
-    def _wrote(self, formula: Formula) -> RuntimeError:
-        """The error of a formula that writes into its arguments."""
-        return RuntimeError(
-            f"{type(self).__name__}.{getattr(formula, '__name__', 'formula')} modified its "
-            "argument in-place, and with it the caller's tensor; copy it first, as in "
-            "x = x.clone(), or use the out-of-place operation (x * 2 for x *= 2, inplace=False)"
-        )
 
     def _wrong_result(self, formula: Formula, result: object, shape: tuple[int, ...]) -> Exception:
         """What a formula should have returned."""
