@@ -21,10 +21,17 @@ from cnf.regularizers import Regularizer
 from cnf.transforms.base import Choices, Transform, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
+from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.inputs import check_like
 from cnf.transforms.regularization import check_regularization
+from cnf.user_modules import has_suspects, refuse_unfit
 
 __all__ = ["Flow"]
+
+_REMEDY = (
+    "log_prob is then not the density of one distribution: use flow.eval(), leave the module out "
+    "(nn.LayerNorm normalizes each sample by itself), or set check_modules = False on the flow"
+)
 
 
 class Flow(nn.Module):
@@ -43,6 +50,12 @@ class Flow(nn.Module):
         base: a base module, such as `StandardNormal(2)`, or a torch distribution.
         transform: from base to data.
 
+    Attributes:
+        check_modules: whether densities and samples are refused while a part of the flow is random
+            or mixes the samples of a batch, such as an encoder of context with dropout in
+            `train()`. Layers have the same attribute for their own parts, fields
+            `Solver(check_field=...)`.
+
     Raises:
         TypeError: an argument of another kind.
         ValueError: a base and a CNF of different event shapes.
@@ -54,6 +67,9 @@ class Flow(nn.Module):
         >>> x.shape, flow.log_prob(x, divergence="exact").shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
+
+    check_modules: bool = True
+    checked: bool | None = None  # the training mode in which all parts were found to be fit
 
     def __init__(self, base: Base | Distribution, transform: Transform) -> None:
         super().__init__()
@@ -159,6 +175,7 @@ class Flow(nn.Module):
 
     def _log_prob(self, x: Tensor, context: Tensor | None, choices: Choices) -> list[Tensor]:
         """Log-density (*batch,), and its standard error where variances are asked for."""
+        self._check_modules()
         self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
         log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
@@ -322,6 +339,7 @@ class Flow(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
+            self._check_modules()
             self._check_values(x, context)
             z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
             log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
@@ -487,6 +505,7 @@ class Flow(nn.Module):
         """Base samples (*shape, *context_batch, *event)."""
         if context is not None:
             check_context(context)
+        self._check_modules()
         self._check_values(None, context)
         batch = () if context is None else tuple(context.shape[:-1])
         return self.base.rsample((*_sample_shape(shape), *batch), generator)
@@ -494,6 +513,14 @@ class Flow(nn.Module):
     def _of_samples(self, log_det: Tensor, x: Tensor) -> Tensor:
         """(*batch,), also where the transform tells that of every number of x."""
         return over_samples(log_det, x.ndim - len(self.event_shape))
+
+    def _check_modules(self) -> None:
+        """Refuse parts that are random or mix samples; most transforms look after their own."""
+        if self.check_modules and self.checked != self.training:
+            apart = (CNF, DiscreteTransform)
+            refuse_unfit(self, type(self).__name__, _REMEDY, apart)
+            if not (has_suspects(self, apart) or torch.compiler.is_compiling()):
+                self.checked = self.training
 
     def _check_shape(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

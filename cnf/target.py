@@ -46,10 +46,10 @@ def log_density_of(
     batch = x.shape[: x.ndim - len(event_shape)]
     flat = x.reshape(batch.numel(), *event_shape)
     if context is None:
-        values = log_density(flat)
+        values = log_density(flat.clone())  # it may write into its arguments
     else:
         rows = expand_context(context, batch).reshape(len(flat), context.shape[-1])
-        values = log_density(flat, rows)
+        values = log_density(flat.clone(), rows.clone())
     if not isinstance(values, Tensor):
         raise TypeError(
             f"log_density returned a {type(values).__name__}, expected a tensor of shape "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from cnf.fields.base import Constants, VectorField
 from cnf.fields.closed_form import offers
 from cnf.fields.time import takes_batched_time
+from cnf.user_modules import copies, writes_unseen
 
 __all__ = ["SumField"]
 
@@ -69,7 +71,7 @@ class SumField(VectorField):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (B, *event)."""
         self._check(x, context)
-        first, *others = (f(t, x, context if f.context else None) for f in self._each())
+        first, *others = (f(t, *self._given(f, x, context)) for f in self._each())
         return sum(others, start=first)
 
     def divergence_constants(self) -> Constants:
@@ -89,11 +91,17 @@ class SumField(VectorField):
             self.check_closed_form()
             constants = self.divergence_constants()
         pairs = [
-            field.with_divergence(t, x, context if field.context else None, own)
+            field.with_divergence(t, *self._given(field, x, context), own)
             for field, own in zip(self._each(), constants, strict=True)
         ]
         (dx, div), *others = pairs
         return sum((dx_i for dx_i, _ in others), dx), sum((div_i for _, div_i in others), div)
+
+    def _given(self, field: VectorField, x: Tensor, context: Tensor | None) -> tuple[Any, Any]:
+        """x and context of one field: what it writes there must not reach the next one."""
+        x_and_context = (x, context if field.context else None)
+        x, context = copies(x_and_context) if writes_unseen(x) else x_and_context
+        return x, context
 
     def _each(self) -> Iterator[VectorField]:
         return iter(self.fields)  # type: ignore[arg-type]

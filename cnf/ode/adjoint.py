@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cnf.errors import SolverError
 from cnf.ode.attention import differentiable_attention
+from cnf.ode.diagnosis import refuse_other_values
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.solve import Integral, integrate, tolerance_of
@@ -39,6 +40,7 @@ class AdjointSolve:
         solver: the choices.
         solve: the forward solve, from x.
         recorders: whom the backward solve tells its statistics.
+        first: the right-hand side at the start, to which backward comes back.
 
     Reference: Chen et al., arXiv 1806.07366; Kidger, Chen & Lyons, arXiv 2009.09457.
     """
@@ -51,6 +53,7 @@ class AdjointSolve:
         solver: Solver,
         solve: Callable[[Tensor], Integral],
         recorders: Recorders,
+        first: Derivative | None,
     ) -> None:
         self.stepper = stepper
         self.variables = variables
@@ -58,6 +61,7 @@ class AdjointSolve:
         self.solver = solver
         self.solve: Callable[[Tensor], Integral] | None = solve
         self.recorders = recorders
+        self.first = first if solver.check_field else None
 
     def __call__(self, x: Tensor, given: Sequence[Tensor]) -> Integral:
         """The solve, from x; the gradient in the variables is that in `given`, one by one."""
@@ -79,6 +83,7 @@ class AdjointSolve:
     ) -> tuple[Tensor, Tensor]:
         """a at the start time, and the parameters' gradients in one vector."""
         n = self.stepper.f.batch_dims
+        self._check_start(start)
         stats = backward_stats(self.stepper.f.stats, self.recorders)
         inner = self.evaluate(SolveStats("scratch", stats.method, stats.t0, stats.t1))
 
@@ -108,6 +113,17 @@ class AdjointSolve:
             ) from None
         self._check_drift(start, y.x.select(n, 0))
         return y.x.select(n, 1), x.new_zeros(0) if y.q is None else y.q
+
+    def _check_start(self, start: Tensor) -> None:
+        """Refuse a field that is not there what it was: one evaluation more, uncounted."""
+        if self.first is None:
+            return
+        f = self.stepper.f.counting(SolveStats("scratch", "", 0.0, 0.0))
+        with torch.no_grad():
+            t = Clock(self.clock.start, self.clock.end).times([self.clock.start], start)[0]
+            dx, _ = f(t, start)
+        with f.in_precision(start):
+            refuse_other_values(dx, self.first[0], "adjoint", f.batch_dims)
 
     def _check_drift(self, start: Tensor, returned: Tensor) -> None:
         """Warn where the backward trajectory missed the state that forward started from."""

@@ -23,6 +23,7 @@ from cnf.ode.rhs import Derivative, Function, RightHandSide, evaluate
 from cnf.ode.stats import SolveStats
 from cnf.ode.step import Clock, Time, runge_kutta_step
 from cnf.ode.stepper import EagerStepper, Step, finish, sized
+from cnf.user_modules import copies
 from cnf.warn import warn
 
 __all__ = ["CompiledStepper"]
@@ -42,8 +43,9 @@ def _inputs(f: RightHandSide) -> Inputs:
 
 
 def _evaluation(f: Inputs, t: Tensor, x: Tensor) -> Derivative:
-    # The field gets a copy of its own, which costs nothing in a graph: it may write into it.
-    return evaluate(f.f, t, x.clone(), f.args, f.shared, f.batch_dims)
+    # The field gets copies of its own, which cost nothing in a graph: it may write into them.
+    args, shared = copies(f.args), copies(f.shared)
+    return evaluate(f.f, t.clone(), x.clone(), args, shared, f.batch_dims)
 
 
 def _start(

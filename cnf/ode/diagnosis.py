@@ -7,16 +7,21 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.checks import exporting
 from cnf.ode.rhs import Function
 from cnf.ode.solver import Solver
 from cnf.ode.torchdiffeq import TorchDiffEq
+from cnf.user_modules import drew, random_states, refuse_unfit
 from cnf.warn import warn
 
-__all__ = ["check_exportable", "check_modules", "check_precision", "refuse_randomness"]
+__all__ = [
+    "check_exportable",
+    "check_modules",
+    "check_precision",
+    "refuse_other_values",
+    "refuse_randomness",
+]
 
 _TF32_RESOLUTION = 2.0**-10
 
@@ -28,29 +33,14 @@ def check_modules(f: Function) -> None:
         ValueError: naming the module.
     """
     module = f if isinstance(f, nn.Module) else getattr(f, "field", None)
-    if not isinstance(module, nn.Module):
-        return
-    for name, part in module.named_modules():
-        reason = _reason(part)
-        if reason:
-            path = f"{name!r} of the vector field ({type(part).__name__})"
-            raise ValueError(
-                f"the module {path} {reason}, so that the field is not a function of (t, x) alone; "
-                "use field.eval(), leave it out, or put Solver(check_field=False)"
-            )
+    if isinstance(module, nn.Module):
+        refuse_unfit(module, "vector field", _REMEDY)
 
 
-def _reason(part: nn.Module) -> str:
-    """Why a module does not belong in a field, or nothing."""
-    if isinstance(part, _DropoutNd) and part.training and part.p > 0:
-        return "drops at random in training mode"
-    if isinstance(part, nn.MultiheadAttention) and part.training and part.dropout > 0:
-        return "drops at random in training mode"
-    if isinstance(part, nn.RReLU) and part.training:
-        return "is random in training mode"
-    if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
-        return "normalises over the batch and so mixes samples"
-    return ""
+_REMEDY = (
+    "the field is then no function of (t, x) alone: use field.eval(), leave the module out "
+    "(nn.LayerNorm normalizes each sample by itself), or put Solver(check_field=False)"
+)
 
 
 @contextmanager
@@ -60,9 +50,9 @@ def refuse_randomness(x: Tensor) -> Iterator[None]:
     Raises:
         ValueError: if it did.
     """
-    before = _random_states(x)
+    before = random_states(x)
     yield
-    if not all(torch.equal(a, b) for a, b in zip(before, _random_states(x), strict=True)):
+    if drew(before, x):
         raise ValueError(
             "the vector field drew random numbers (dropout, noise), so it is not a function of "
             "(t, x) and the solve has no solution; draw them once outside and pass them as "
@@ -70,11 +60,50 @@ def refuse_randomness(x: Tensor) -> Iterator[None]:
         )
 
 
-def _random_states(x: Tensor) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if x.is_cuda:
-        states.append(torch.cuda.get_rng_state(x.device))
-    return states
+@torch.no_grad()
+def refuse_other_values(
+    again: Tensor, before: Tensor, choice: str, batch_dims: int, start: Tensor | None = None
+) -> None:
+    """Refuse a field that gave something else when it was evaluated once more, at the same point.
+
+    Args:
+        again: what the backward pass found, a derivative or the end of a step (*batch, *event).
+        before: what the forward pass had found.
+        choice: of the gradient, for the message.
+        batch_dims: leading dimensions that index samples.
+        start: of the step, (*batch, *event), where it is one.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    if torch.equal(again, before) or before.numel() == 0:
+        return
+
+    def size(v: Tensor) -> Tensor:
+        return v.abs().unsqueeze(-1).flatten(batch_dims).amax(-1)  # (*batch,)
+
+    eps = torch.finfo(before.dtype).eps
+    moved = before if start is None else before - start
+    limit = max(1000 * eps, 30 * _resolution(before)) * size(moved) + 100 * eps * size(before)
+    error = size(again - before)
+    if bool((error > limit).any()):
+        share = (error / size(moved)).nan_to_num(0.0, 0.0, 0.0).max().item()
+        raise ValueError(
+            f"gradient={choice!r} evaluated the vector field again at the same (t, x) and got "
+            f"other values, by {share:.1g} of their size: it is not a function of (t, x) alone, "
+            "and the gradient would not be that of the solve. Take out what changes between calls "
+            "(a counter, the clock, NumPy's random numbers or a generator of its own, a buffer "
+            "that forward updates, spectral_norm in train()), use field.eval() or "
+            "gradient='backprop', or put Solver(check_field=False)"
+        )
+
+
+def _resolution(x: Tensor) -> float:
+    """What a field computes in, where that may be coarser than the dtype of x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.finfo(torch.get_autocast_dtype(device)).eps
+    return _TF32_RESOLUTION if x.is_cuda and x.dtype == torch.float32 else 0.0
 
 
 def check_precision(solver: Solver | TorchDiffEq, x: Tensor) -> None:

@@ -109,12 +109,14 @@ def odeint(
     check_state(x, batch_dims)
     if parameters is None:
         parameters = f.parameters() if isinstance(f, nn.Module) else ()
+    # As with x: what f writes must not reach the caller's tensors, where autograd allows it at all.
+    own = [v if v is None or v.requires_grad else v.clone() for v in args]
     return solve(
         f,
         x,
         clock_of(t0, t1, x),
         solver,
-        args=args,
+        args=own,
         batch_dims=batch_dims,
         controlled=controlled,
         parameters=parameters,
@@ -150,14 +152,14 @@ def solve(
     rhs = RightHandSide(f, batch_dims, stats, args=args, shared=shared)
     x = x.clone()  # a field that writes into its argument must not reach the caller's tensor
     check_precision(solver, x)
+    if solver.check_field:
+        check_modules(f)
+        rhs.watch = refuse_randomness
     known = list({id(p): p for p in parameters if p.requires_grad}.values())
     if isinstance(solver, TorchDiffEq):
         known += rhs.trainable
         end = solver.integrate(rhs, x, clock, batch_dims, controlled, known, recorders)
         return Solution(end.x, end.q, stats)
-    if solver.check_field:
-        check_modules(f)
-        rhs.watch = refuse_randomness
     if batch_dims != 1 and (solver.batch, solver.on_failure) != ("shared", "raise"):
         raise ValueError(
             f"batch={solver.batch!r} with on_failure={solver.on_failure!r} needs x of shape "
@@ -249,7 +251,8 @@ class _Problem:
         first = None if gradient == "backprop" else first_derivative(f, self.clock, x, variables)
         clock = self.clock if gradient == "backprop" else self.clock.values
         if gradient == "checkpoint":
-            stepper = Recomputing(stepper, self.f, self.parameters, self.recorders)
+            check = self.solver.check_field
+            stepper = Recomputing(stepper, self.f, self.parameters, self.recorders, check=check)
             clock = self.clock
 
         def run(x: Tensor) -> Integral:
@@ -260,10 +263,13 @@ class _Problem:
 
         if gradient == "adjoint":
             given = [*self.parameters, *self.f.trainable]
-            return AdjointSolve(stepper, variables, self.clock, self.solver, run, self.recorders)(
-                x, given
+            solve = AdjointSolve(
+                stepper, variables, self.clock, self.solver, run, self.recorders, first
             )
+            return solve(x, given)
         end = run(x)
+        if gradient == "checkpoint":
+            return Integral(end.x.clone(), end.q)  # backward needs its own, whatever is done to it
         if gradient == "backprop" and self.solver.compile and end.x.requires_grad:
             return Integral(*first_order("compile=True", end.x, end.q))
         return end

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cnf.ode.attention import differentiable_attention
+from cnf.ode.diagnosis import refuse_other_values
 from cnf.ode.gradient import BackwardContext, backward_stats, refuse_double_backward, vjp
 from cnf.ode.rhs import Derivative, RightHandSide
 from cnf.ode.stats import Recorders, SolveStats
@@ -28,6 +30,7 @@ class Recomputing:
         inputs: the right-hand side with the inputs that carry a graph.
         parameters: tensors that require grad, other than the inputs of the right-hand side.
         recorders: whom the backward pass tells its statistics.
+        check: whether the recomputed end of a step must be the end that it had.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Recomputing:
         inputs: RightHandSide,
         parameters: Sequence[Tensor],
         recorders: Recorders,
+        *,
+        check: bool,
     ) -> None:
         self.stepper = stepper
         self.inputs = inputs
@@ -43,6 +48,7 @@ class Recomputing:
         self.method = stepper.method
         self.parameters = parameters
         self.recorders = recorders
+        self.check = check
         self.own_stats: list[SolveStats] = []
 
     def evaluate(self, t: Tensor, x: Tensor) -> Derivative:
@@ -75,10 +81,9 @@ class Recomputing:
 
     def rows(self, index: Tensor) -> Recomputing:
         """The same stepper for some of the samples."""
-        other = Recomputing(
-            self.stepper.rows(index), self.inputs.rows(index), self.parameters, self.recorders
-        )
-        other.own_stats = self.own_stats
+        other = copy.copy(self)
+        other.stepper, other.inputs = self.stepper.rows(index), self.inputs.rows(index)
+        other.f = other.stepper.f
         return other
 
     def counting(self, stats: SolveStats) -> Stepper:
@@ -109,6 +114,12 @@ class _StepTask:
         self.first = self.q = None
         return self.done.pop()
 
+    def check(self, again: Tensor, end: Tensor, x: Tensor) -> None:
+        """Refuse another end than the step had."""
+        f = self.stepper.f
+        with f.in_precision(x):
+            refuse_other_values(again, end, "checkpoint", f.batch_dims, x)
+
     def run(
         self,
         stepper: Stepper,
@@ -131,8 +142,9 @@ class _RecomputedStep(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.task = task
-        ctx.save_for_backward(x, t0, t1, *parameters)
         step = task.run(task.stepper.stepper, x, (t0, t1), task.first)
+        end = step.x if task.stepper.check else None  # the start of the next step: no more memory
+        ctx.save_for_backward(x, t0, t1, end, *parameters)
         task.done.append(step)
         return step.x, step.dq
 
@@ -140,7 +152,7 @@ class _RecomputedStep(torch.autograd.Function):
     def backward(ctx: BackwardContext, gx: Tensor, gq: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward('gradient="checkpoint"')
         task: _StepTask = ctx.task
-        x, t0, t1, *_ = ctx.saved_tensors
+        x, t0, t1, end, *_ = ctx.saved_tensors
         stats = task.stepper.backward_stats()
         stats.accepted += 1
         stepper = task.stepper.counting(stats)
@@ -150,6 +162,8 @@ class _RecomputedStep(torch.autograd.Function):
                 for v, need in zip((x, t0, t1), ctx.needs_input_grad[1:4], strict=True)
             )
             step = task.run(stepper, x, (t0, t1), None)
+            if end is not None and stats.accepted & (stats.accepted - 1) == 0:
+                task.check(step.x, end, x)  # the 1st, 2nd, 4th, ...: what changes does so at each
             leaves = task.stepper.f.trainable  # in the place of the inputs that carry a graph
             inputs = [x, t0, t1, *task.stepper.parameters, *leaves]
             needed = [v for v, need in zip(inputs, ctx.needs_input_grad[1:], strict=True) if need]

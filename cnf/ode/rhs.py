@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.stats import SolveStats
+from cnf.user_modules import copies, tracked, versions, writes_unseen
 
 __all__ = ["Derivative", "Function", "RightHandSide", "Watch", "evaluate"]
 
@@ -53,6 +54,7 @@ class RightHandSide:
         self.batch_dims = batch_dims
         self.stats = stats
         self.per_sample = per_sample
+        self.tracked = tracked(self.inputs)
         self.precision: Callable[[], AbstractContextManager[Any]] | None = None
         self.watch: Watch | None = None
 
@@ -77,12 +79,14 @@ class RightHandSide:
         other = copy.copy(self)
         other.args = tuple(_leaf(v) for v in self.args)
         other.shared = tuple(_leaf(v) for v in self.shared)
+        other.tracked = tracked(other.inputs)
         return other
 
     def rows(self, index: Tensor) -> RightHandSide:
         """The same for the samples of an index (N,)."""
         other = copy.copy(self)
         other.args = tuple(a if a is None else a[index] for a in self.args)
+        other.tracked = tracked(other.inputs)
         return other
 
     def in_precision(self, x: Tensor) -> AbstractContextManager[Any]:
@@ -102,16 +106,23 @@ class RightHandSide:
             with self.watched(x):
                 return self(t, x)
         self.stats.nfe += 1
-        version = None if x.is_inference() else x._version
-        with self.in_precision(x):
-            result = evaluate(
-                self.f, t, x, self.args, self.shared, self.batch_dims, self.per_sample
-            )
-        if version is not None and x._version != version:
-            raise RuntimeError(
-                "the vector field modified its argument x in-place, which corrupts the solve; "
-                "write x = x.clone() first, or use the out-of-place operation"
-            )
+        args, shared = self.args, self.shared
+        given = None
+        if writes_unseen(x):
+            t, x = t.clone(), x.clone()
+            args, shared = copies(args), copies(shared)
+        else:
+            given = versions((t, x, *self.tracked))
+        try:
+            with self.in_precision(x):
+                result = evaluate(self.f, t, x, args, shared, self.batch_dims, self.per_sample)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            raise _wrote("an argument") from error  # autograd forbids it before we see it
+        if given is not None and (now := versions((t, x, *self.tracked))) != given:
+            changed = [a != b for a, b in zip(now, given, strict=True)].index(True)
+            raise _wrote({0: "its argument t", 1: "its argument x"}.get(changed, _BEHIND))
         return result
 
 
@@ -167,6 +178,17 @@ def _with_own_times(
     dims = (0, 0, *(None if a is None else 0 for a in args))
     mapped: Tensor | Derivative = torch.func.vmap(single, dims)(t, x, *args)
     return mapped
+
+
+_BEHIND = "an argument behind x (its context, or one of args= of odeint)"
+
+
+def _wrote(what: str) -> RuntimeError:
+    """The error of a field that writes into what it is given."""
+    return RuntimeError(
+        f"the vector field modified {what} in-place, which corrupts the solve; copy it first, as "
+        "in x = x.clone(), or use the out-of-place operation (x * 2 for x *= 2, inplace=False)"
+    )
 
 
 def _leaf(v: Any) -> Any:

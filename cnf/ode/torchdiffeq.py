@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cnf.checks import check_choice, check_count
+from cnf.checks import check_bool, check_choice, check_count
 from cnf.errors import SolverError
 from cnf.ode.attention import differentiable_attention
 from cnf.ode.control import Tolerance
@@ -47,6 +47,7 @@ class TorchDiffEq:
         gradient: "backprop" through torchdiffeq's own steps, or "adjoint": its continuous adjoint
             with the seminorm (parameter adjoints out of the error norm; arXiv 2009.09457).
         options: further options of torchdiffeq's solver, as it documents them.
+        check_field: refuse a field that is not a function of (t, x), as `Solver` does.
 
     Raises:
         ValueError: a choice that is not known, or a number out of its range.
@@ -65,6 +66,7 @@ class TorchDiffEq:
     max_nfe: int = 5_000
     gradient: Literal["backprop", "adjoint"] = "backprop"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    check_field: bool = True
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, _ADAPTIVE + _FIXED)
@@ -72,6 +74,7 @@ class TorchDiffEq:
         check_count("steps", self.steps)
         check_count("max_nfe", self.max_nfe)
         check_choice("gradient", self.gradient, ("backprop", "adjoint"))
+        check_bool("check_field", self.check_field)
 
     @property
     def adaptive(self) -> bool:

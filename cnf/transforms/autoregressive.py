@@ -11,6 +11,7 @@ from cnf.checks import check_choice
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.elementwise import Elementwise, as_elementwise
 from cnf.transforms.made import MADE, Walk
+from cnf.user_modules import is_foreign
 
 __all__ = ["MaskedAutoregressive"]
 
@@ -71,6 +72,7 @@ class MaskedAutoregressive(DiscreteTransform):
         if len(self.event_shape) != 1:
             raise ValueError(f"features={features!r} must be a number of dimensions D")
         self.elementwise = as_elementwise(elementwise)
+        self.foreign |= is_foreign(self.elementwise)
         order = _order(ordering, self.dims, generator)
         natural = isinstance(ordering, str) and ordering == "forward"
         self.register_buffer("order", None if natural else order)

@@ -212,8 +212,6 @@ class CNF(Transform):
         batch_dims = x.ndim - self.event_dims
         batch, event = x.shape[:batch_dims], x.shape[batch_dims:]
         context = self._batch_context(context, batch, x)
-        if context is not None:
-            context = context.clone()  # the caller may reuse its memory before backward
         flat = x.reshape(math.prod(batch), *event)  # (*batch, *event) -> (B, *event)
         end, found = self._integrate(flat, context, times, choices, log_det=log_det)
         n = len(_regularizers(choices)) if log_det else 0
@@ -290,7 +288,8 @@ class CNF(Transform):
             )
         check_context_like(context, x)
         check_finite(context, context.ndim - 1, "context")
-        return expand_context(context, batch).reshape(math.prod(batch), context.shape[-1])
+        rows = expand_context(context, batch).reshape(math.prod(batch), context.shape[-1])
+        return rows.clone()  # the caller may reuse its memory before backward, or the field write
 
     def _check_state(self, x: Tensor) -> None:
         check_floating(x)

@@ -12,6 +12,7 @@ from cnf.transforms.conditioners import Conditioner, default_conditioner
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.elementwise import Elementwise, as_elementwise
 from cnf.transforms.masks import make_mask
+from cnf.user_modules import copies, is_foreign
 
 __all__ = ["Coupling"]
 
@@ -72,6 +73,7 @@ class Coupling(DiscreteTransform):
     ) -> None:
         super().__init__(features, context)
         self.elementwise = as_elementwise(elementwise)
+        self.foreign |= is_foreign(self.elementwise)
         mask = make_mask(mask, features, generator)
         self.parts = _Halves(mask) if _by_first_dimension(mask) else _Pixels(mask)
         kept, changed = self.parts.shapes
@@ -108,7 +110,10 @@ class Coupling(DiscreteTransform):
 
     def _predict(self, kept: Tensor, changed: Tensor, context: Tensor | None) -> Tensor:
         """(B, P, *changed)."""
-        raw: Tensor = self.conditioner(kept, context)
+        given = (kept, context)
+        if is_foreign(self.conditioner):
+            given = copies(given)  # it may write into them
+        raw: Tensor = self.conditioner(*given)
         n = self.elementwise.parameters
         if raw.shape[1:] != self.outputs or raw.shape[0] != kept.shape[0]:
             raise ValueError(

@@ -14,11 +14,17 @@ from cnf.fields.base import event_shape_of
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.inputs import check_context_like, check_event, check_like
+from cnf.user_modules import copies, drew, has_suspects, is_foreign, random_states, refuse_unfit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["DiscreteTransform", "check_context_size"]
+
+_REMEDY = (
+    "the flow is then not one map with one density: use flow.eval(), leave it out (nn.LayerNorm "
+    "normalizes each sample by itself), or set check_modules = False on the layer to train so"
+)
 
 Formula = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(B, *event), (B, C) or None -> (B, *event), (B,)."""
@@ -37,6 +43,11 @@ class DiscreteTransform(Transform):
     Any batch dimensions, the broadcast of context, and the checks of both are done here; under
     autocast the formulas still compute in the dtype of x.
 
+    Attributes:
+        check_modules: whether a call refuses parts that are random or mix the samples of a batch,
+            such as dropout or batch norm in `train()`; set it to False on a layer to train it so
+            on purpose.
+
     Args:
         features: dimensions of a data sample, D, or its shape, such as (C, H, W).
         context: number of context features, 0 for none.
@@ -46,7 +57,8 @@ class DiscreteTransform(Transform):
         TypeError: in a call, x or context of a wrong dtype, an unknown choice, or a formula that
             does not return two tensors.
         ValueError: a size that is not positive; in a call, x or context of a wrong shape or device,
-            context missing or not expected, or a formula that returns other shapes.
+            context missing or not expected, a formula that returns other shapes, or parts that
+            `check_modules` refuses.
 
     Example:
         >>> import torch
@@ -61,6 +73,9 @@ class DiscreteTransform(Transform):
 
     event_shape: tuple[int, ...]
     base_shape: tuple[int, ...]
+    check_modules: bool = True
+    checked: bool | None = None  # the training mode in which all parts were found to be fit
+    foreign: bool = False  # whether somebody else wrote the formulas, who may write into arguments
 
     def __init__(
         self,
@@ -74,6 +89,7 @@ class DiscreteTransform(Transform):
         self.event_shape = event_shape_of(features)
         self.base_shape = self.event_shape if base_shape is None else tuple(base_shape)
         self.context = context
+        self.foreign = is_foreign(self)
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
@@ -123,7 +139,12 @@ class DiscreteTransform(Transform):
         if len(batch) != 1:
             context = None if context is None else context.reshape(n, self.context)
             x = x.reshape(n, *shape)
-        result = formula(x, context)
+        if self.foreign:
+            x, context = copies((x, context))  # it may write into them
+        if self.checked == self.training or not self.check_modules:
+            result = formula(x, context)
+        else:
+            result = self._checked(formula, x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
         if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
@@ -131,6 +152,26 @@ class DiscreteTransform(Transform):
         if len(batch) == 1:
             return value, log_det
         return value.reshape(*batch, *other), log_det.reshape(batch)
+
+    def _checked(
+        self, formula: Formula, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a formula returns; refused where this layer is seen to be no map of single samples.
+
+        To look at every part takes longer than a small layer should, so it is done at the first
+        call, and whenever train() or eval() was called since, unless there is reason to doubt.
+        """
+        doubtful = has_suspects(self)
+        if doubtful:
+            refuse_unfit(self, type(self).__name__, _REMEDY)
+        if torch.compiler.is_compiling():
+            return formula(x, context)
+        before = random_states(x)
+        result = formula(x, context)
+        if drew(before, x):
+            raise ValueError(f"this {type(self).__name__} drew random numbers; {_REMEDY}")
+        self.checked = None if doubtful else self.training
+        return result
 
     def _wrong_result(self, formula: Formula, result: object, shape: tuple[int, ...]) -> Exception:
         """What a formula should have returned."""

@@ -187,7 +187,10 @@ class _BoundField:
         return result
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        replaced = not torch.compiler.is_compiling() and self.replaced()
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # each call by itself: one evaluation may make several
+            arguments = tuple(v.clone() if isinstance(v, Tensor) else v for v in arguments)
+        replaced = not compiling and self.replaced()
         if replaced and isinstance(self.field, nn.Module):
             tensors = {f"field.{name}": tensor for name, tensor in self.tensors.items()}
             return called_with(_Caller(self.field), tensors, (method, *arguments))

@@ -53,7 +53,7 @@ class Decoder(nn.Module, ABC):
     def parameters_at(self, z: Tensor) -> Tensor:
         """What the network makes of latents z (*batch, D): (*batch, *shape)."""
         rows = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
-        made = self.network(rows)
+        made = self.network(rows.clone())  # it may write into its argument
         if not isinstance(made, Tensor):
             raise TypeError(f"the decoder's network returned a {type(made).__name__}, not a tensor")
         if made.ndim < 2 or len(made) != len(rows):

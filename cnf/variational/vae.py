@@ -239,7 +239,7 @@ class VAE(nn.Module):
         _check_tensor(x)
         if not x.is_floating_point():
             x = x.to(next((p.dtype for p in self.parameters()), torch.get_default_dtype()))
-        h = self.encoder(x)
+        h = self.encoder(x.clone())  # it may write into its argument
         if not isinstance(h, Tensor):
             raise TypeError(f"the encoder returned a {type(h).__name__}, expected a tensor (B, C)")
         if h.ndim != 2 or len(h) != len(x):
