@@ -12,6 +12,7 @@ from torch.distributions import Distribution, constraints, transforms
 
 from cnf.noise import draw
 from cnf.support import log_density, support_of
+from cnf.transforms.inputs import check_shape
 
 __all__ = ["Base", "DistributionBase", "StandardNormal", "as_base", "base_for"]
 
@@ -76,6 +77,7 @@ class StandardNormal(Base):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (*batch,) of z (*batch, *event)."""
+        check_shape(z, self.event_shape, "z")
         squares = z.square()
         if self.event_shape:
             squares = squares.sum(tuple(range(-len(self.event_shape), 0)))  # -> (*batch,)
@@ -155,6 +157,7 @@ class DistributionBase(Base):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (*batch,) of z (*batch, *event); -inf outside the support."""
+        check_shape(z, self.event_shape, "z")
         return log_density(self.distribution, z)
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
