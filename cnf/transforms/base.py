@@ -180,7 +180,9 @@ def only_mapped(transform: Transform, x: Tensor, z: Tensor, log_det: Tensor) -> 
             f"{seen.min().item():.6g} to {seen.max().item():.6g}; no z is mapped there, remove "
             "such samples"
         )
-    return z.masked_fill(outside.reshape((*outside.shape, *[1] * (z.ndim - outside.ndim))), torch.nan)
+    return z.masked_fill(
+        outside.reshape((*outside.shape, *[1] * (z.ndim - outside.ndim))), torch.nan
+    )
 
 
 class Compose(Transform):

@@ -1,4 +1,4 @@
-"""`Interval`: the real line to an interval or half-line, so that a flow has its target's support."""
+"""`Interval`: the real line to an interval or a half-line, for targets of bounded support."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class Dequantization(Transform):
         if real is not None and not x.is_floating_point():
             return f"x must hold {expected}, {seen}; use x.float()"
         if kind:
-            looked_at = x.is_floating_point() and not x.is_meta
+            looked_at = x.is_floating_point() and not (x.is_meta or tracing())
             unit = looked_at and bool(((x >= 0) & (x <= 1)).all())
             whole = f"({self._most - 1} * x)" if unit else "x"
             return f"x must hold {expected}, {seen}; use {whole}.round().to(torch.uint8)"
@@ -229,7 +229,7 @@ class Dequantization(Transform):
 def _range_of(x: Tensor) -> str:
     """From the least to the largest of its values that are numbers."""
     known = x.detach()
-    if x.is_complex() or x.is_meta:
+    if x.is_complex() or x.is_meta or tracing():
         return "that have no order" if x.is_complex() else "unknown"
     if not x.numel():
         return "of an empty tensor"
