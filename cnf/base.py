@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, transforms
 
 from cnf.noise import draw
-from cnf.support import log_density, support_of
+from cnf.support import is_bounded, log_density, support_of
 from cnf.transforms.inputs import check_shape
 
 __all__ = ["Base", "DistributionBase", "StandardNormal", "as_base", "base_for"]
@@ -96,8 +96,7 @@ class DistributionBase(Base):
     Args:
         distribution: with an empty batch shape: wrap in `torch.distributions.Independent` what
             has one. Its density is zero, log_prob -inf, outside of its support, whether torch
-            validates arguments or not. A z outside of an interval or half-line by the rounding of
-            a solve (1e-5 of the width, or of the standard deviation) is read as its mirror image.
+            validates arguments or not.
 
     Raises:
         TypeError: not a torch distribution.
@@ -123,6 +122,7 @@ class DistributionBase(Base):
                 f"part of the event with Independent(base, {len(distribution.batch_shape)})"
             )
         self.event_shape = tuple(distribution.event_shape)
+        self.bounded = is_bounded(distribution)
         if 0 in self.event_shape:
             raise ValueError(f"base has event_shape {self.event_shape}, expected positive integers")
         tensors = {id(t): t for _, owner in _owners(distribution) for t in _tensors(owner).values()}
@@ -155,10 +155,20 @@ class DistributionBase(Base):
         """The distribution, for `print`."""
         return repr(self.distribution)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density (*batch,) of z (*batch, *event); -inf outside the support."""
+    def log_prob(self, z: Tensor, rounding: float | None = None) -> Tensor:
+        """Log-density (*batch,) of z (*batch, *event); -inf outside the support.
+
+        Args:
+            z: where.
+            rounding: the error that z has from an ODE solve, in units of the width of an interval,
+                or of the standard deviation on a half-line; None for that of floating point. A z
+                that lies outside by less is read as its mirror image inside: without it a flow
+                would give some of its own samples the density zero.
+        """
         check_shape(z, self.event_shape, "z")
-        return log_density(self.distribution, z)
+        if not self.bounded:
+            return self.distribution.log_prob(z)
+        return log_density(self.distribution, z, rounding)
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Samples (*shape, *event); torch distributions draw from the global generator, which is

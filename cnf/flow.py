@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from cnf.base import Base, as_base
+from cnf.base import Base, DistributionBase, as_base
 from cnf.bits import bits_per_dim
 from cnf.checks import check_bool, check_count, tracing
 from cnf.distribution import FlowDistribution
@@ -115,8 +115,9 @@ class Flow(nn.Module):
         noise is at most log P(x).
 
         Outside the support, where the density is zero, it is -inf: no error, and no change to the
-        other rows. Rows so far out that a discrete flow overflows on its way to the base are -inf,
-        too.
+        other rows. A base of bounded support is widened by the error of a solve, 50 times the
+        solver's tolerance (of the width of an interval, of the standard deviation on a half-line).
+        Rows so far out that a discrete flow overflows on its way to the base are -inf, too.
 
         Args:
             x: data.
@@ -165,13 +166,22 @@ class Flow(nn.Module):
         """Log-density (*batch,), and its standard error where variances are asked for."""
         far = self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-        log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
+        log_prob = self._base_log_prob(z, choices) + self._of_samples(log_det, x)
         if far is not None:
             log_prob = self._without_overflow(log_prob, far, x, context, choices)
         if "variances" not in choices:
             return [log_prob]
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
         return [log_prob, variance.sqrt().detach()]
+
+    def _base_log_prob(self, z: Tensor, choices: Choices) -> Tensor:
+        """Log-density of base samples that a transform computed (*batch,)."""
+        if not (isinstance(self.base, DistributionBase) and self.base.bounded):
+            return self.base.log_prob(z)
+        parts = (part for part in self.transform.modules() if isinstance(part, CNF))
+        solvers = [as_solver(choices.get("solver", part.solver)) for part in parts]
+        tolerances = [max(solver.rtol, solver.atol) for solver in solvers]
+        return self.base.log_prob(z, 50 * max(tolerances) if tolerances else None)
 
     def log_prob_and_integrals(
         self,

@@ -16,10 +16,7 @@ from torch.distributions import (
     constraints,
 )
 
-__all__ = ["is_real", "log_density", "support_of"]
-
-ROUNDING = 1e-5
-"""How far outside a z may lie by the rounding of a solve, in units of the support."""
+__all__ = ["is_bounded", "is_real", "log_density", "support_of"]
 
 
 def support_of(distribution: Distribution) -> constraints.Constraint | None:
@@ -37,22 +34,29 @@ def is_real(support: constraints.Constraint | None) -> bool:
     return support is constraints.real
 
 
-def log_density(distribution: Distribution, z: Tensor) -> Tensor:
+def is_bounded(distribution: Distribution) -> bool:
+    """Whether the density may be zero somewhere."""
+    return not is_real(support_of(distribution)) or _is_made(distribution)
+
+
+def log_density(distribution: Distribution, z: Tensor, rounding: float | None = None) -> Tensor:
     """Log-density (*batch,) of z (*batch, *event): -inf outside the support, NaN for NaN.
 
-    A z outside of an interval or half-line by less than `ROUNDING`, of the width of an interval, of
-    the standard deviation on a half-line, is read as its mirror image inside: an ODE solve returns
-    samples near an end with such an error. This adds at most `ROUNDING` to the mass of each end.
-
     What lies outside takes no part in the gradient.
+
+    Args:
+        distribution: that does not validate its arguments.
+        z: where.
+        rounding: the error that z has, in units of the width of an interval, or of the standard
+            deviation on a half-line; None for eight units in the last place. A z that lies
+            outside by less is read as its mirror image inside.
     """
     n = len(distribution.event_shape)
-    if (is_real(support_of(distribution)) and not _is_made(distribution)) or n > z.ndim:
-        return distribution.log_prob(z)
     middle: Tensor | None = None
     if (ends := _ends(distribution)) is not None:
         low, high, middle = ends
-        z = _mirrored(z, low, high, ROUNDING * _scale(distribution, low, high))
+        rounding = 8 * torch.finfo(z.dtype).eps if rounding is None else rounding
+        z = _mirrored(z, low, high, rounding * _scale(distribution, low, high))
     inside = _inside(distribution, z)
     unknown = z.isnan().unsqueeze(-1).flatten(z.ndim - n).any(-1)
     known = inside.reshape((*inside.shape, *[1] * n))
