@@ -19,6 +19,11 @@ Conventions, the same everywhere:
   log_prob = base.log_prob(z) + log_det.
 - Integers, such as pixels, have a transform that ends in a dequantization: `log_prob` is then a
   draw of a lower bound of their log-probability.
+- Outside the support of a flow, where its density is zero, log_prob is -inf: beyond the ends of an
+  `Interval`, of a base of bounded support, of the levels of integers; the other rows of a batch
+  keep their values. Values that no data could be are errors where values can be looked at: NaN and
+  infinities, a fraction where an integer is due. A score is NaN where log_prob is -inf, and
+  `transform.inverse(x)`, which has no log-determinant to say so, refuses x that no z is mapped to.
 - Noise is drawn once a solve, from an optional `torch.Generator`.
 - `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
   one exception is `cnf.transforms.BatchNorm`, which is defined by it.)

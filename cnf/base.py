@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, transforms
+from torch.distributions import Distribution, constraints, transforms
 
 from cnf.noise import draw
+from cnf.support import is_bounded, log_density, support_of
+from cnf.transforms.inputs import check_shape
 
 __all__ = ["Base", "DistributionBase", "StandardNormal", "as_base", "base_for"]
 
@@ -22,10 +24,16 @@ class Base(nn.Module, ABC):
 
     1. `event_shape`, the shape of one sample;
     2. `log_prob(z)`: (*batch, *event) -> (*batch,);
-    3. `rsample(shape, generator=None)`: (*shape, *event), differentiable where it can be.
+    3. `rsample(shape, generator=None)`: (*shape, *event), differentiable where it can be;
+    4. where its density is zero at some z: log_prob of -inf there, and `support`.
     """
 
     event_shape: tuple[int, ...]
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """Where the density is above zero; None where that is not known."""
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -69,6 +77,7 @@ class StandardNormal(Base):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (*batch,) of z (*batch, *event)."""
+        check_shape(z, self.event_shape, "z")
         squares = z.square()
         if self.event_shape:
             squares = squares.sum(tuple(range(-len(self.event_shape), 0)))  # -> (*batch,)
@@ -86,11 +95,12 @@ class DistributionBase(Base):
 
     Args:
         distribution: with an empty batch shape: wrap in `torch.distributions.Independent` what
-            has one.
+            has one. Its density is zero, log_prob -inf, outside of its support, whether torch
+            validates arguments or not.
 
     Raises:
         TypeError: not a torch distribution.
-        ValueError: a batch shape that is not empty.
+        ValueError: a batch shape that is not empty; samples of no dimension, such as (0,).
 
     Example:
         >>> from torch.distributions import Independent, Laplace
@@ -112,6 +122,9 @@ class DistributionBase(Base):
                 f"part of the event with Independent(base, {len(distribution.batch_shape)})"
             )
         self.event_shape = tuple(distribution.event_shape)
+        self.bounded = is_bounded(distribution)
+        if 0 in self.event_shape:
+            raise ValueError(f"base has event_shape {self.event_shape}, expected positive integers")
         tensors = {id(t): t for _, owner in _owners(distribution) for t in _tensors(owner).values()}
         self._distribution = copy.deepcopy(distribution, tensors)  # a copy with the same tensors
         self._names = [  # of each object in it, its tensors and the buffers that hold them
@@ -119,6 +132,8 @@ class DistributionBase(Base):
             for path, owner in _owners(self._distribution)
         ]
         for owner, names in self._names:
+            if isinstance(owner, Distribution):
+                owner._validate_args = False  # `log_density` says what lies outside
             for key, name in names.items():
                 self.register_buffer(name, vars(owner)[key].contiguous())
 
@@ -131,13 +146,29 @@ class DistributionBase(Base):
             vars(owner).update({key: getattr(self, name) for key, name in names.items()})
         return self._distribution
 
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """The distribution's."""
+        return support_of(self.distribution)
+
     def extra_repr(self) -> str:
         """The distribution, for `print`."""
         return repr(self.distribution)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density (*batch,) of z (*batch, *event)."""
-        return self.distribution.log_prob(z)
+    def log_prob(self, z: Tensor, rounding: float | None = None) -> Tensor:
+        """Log-density (*batch,) of z (*batch, *event); -inf outside the support.
+
+        Args:
+            z: where.
+            rounding: the error that z has from an ODE solve, in units of the width of an interval,
+                or of the standard deviation on a half-line; None for that of floating point. A z
+                that lies outside by less is read as its mirror image inside: without it a flow
+                would give some of its own samples the density zero.
+        """
+        check_shape(z, self.event_shape, "z")
+        if not self.bounded:
+            return self.distribution.log_prob(z)
+        return log_density(self.distribution, z, rounding)
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Samples (*shape, *event); torch distributions draw from the global generator, which is

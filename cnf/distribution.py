@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints, kl, register_kl
 
+from cnf.support import is_real
+
 if TYPE_CHECKING:
     from torch.types import _size as _Size
 
@@ -62,13 +64,14 @@ class FlowDistribution(Distribution):
         return not self.flow.transform.quantized
 
     @property
-    def support(self) -> constraints.Constraint:
-        """All of R^D: the samples are where the transform puts them; or its levels."""
-        levels = self.flow.transform.levels
-        if isinstance(levels, tuple):
-            columns = constraints.stack([_values(n) for n in levels], -1)
-            return constraints.independent(columns, 1)
-        return constraints.independent(_values(levels), len(self.event_shape))
+    def support(self) -> constraints.Constraint | None:
+        """Where the density is above zero, which the end of the transform says: all of R^D, an
+        interval or half-line (`cnf.transforms.Interval`), integers. Where only the flow itself
+        can tell, as of a bounded base, its `check` computes the density.
+        """
+        known = is_real(self.flow.base.support) or self.flow.transform.quantized
+        own = self.flow.transform.codomain(tuple(self.event_shape)) if known else None
+        return _Positive(self) if own is None else own
 
     def expand(
         self, batch_shape: _Size, _instance: FlowDistribution | None = None
@@ -84,6 +87,10 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of value (*sample, *batch, *event), (*sample, *batch)."""
+        return self.flow.log_prob(self._broadcast(value), self.context, **self.choices)
+
+    def _broadcast(self, value: Tensor) -> Tensor:
+        """Value against the batch (*sample, *batch, *event)."""
         self.flow._check_shape(value)
         n = value.ndim - len(self.event_shape)
         try:
@@ -93,8 +100,7 @@ class FlowDistribution(Distribution):
                 f"value has shape {tuple(value.shape)}, expected (*sample, *batch, *event) with "
                 f"batch {tuple(self.batch_shape)} and event {tuple(self.event_shape)}"
             ) from None
-        value = value.expand(*batch, *self.event_shape)
-        return self.flow.log_prob(value, self.context, **self.choices)
+        return value.expand(*batch, *self.event_shape)
 
     def rsample(self, sample_shape: _Size = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised samples (*sample, *batch, *event)."""
@@ -119,9 +125,20 @@ class FlowDistribution(Distribution):
         return self.flow.sample(self._shape(sample_shape), self.context, **choices)
 
 
-def _values(levels: int | None) -> constraints.Constraint:
-    """The integers below levels, or all numbers."""
-    return constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
+class _Positive(constraints.Constraint):
+    """Where a flow's density is above zero, by computing it."""
+
+    def __init__(self, distribution: FlowDistribution) -> None:
+        super().__init__()
+        self.distribution = distribution
+        self.event_dim = len(distribution.event_shape)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether log p > -inf (*sample, *batch); not so for NaN."""
+        d = self.distribution
+        x = d._broadcast(value)
+        with torch.no_grad():
+            return d.flow.log_prob(x, d.context, on_nonfinite="nan", **d.choices) > -torch.inf
 
 
 def _monte_carlo_kl(p: Distribution, q: Distribution) -> Tensor:

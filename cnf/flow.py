@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from cnf.base import Base, as_base
+from cnf.base import Base, DistributionBase, as_base
 from cnf.bits import bits_per_dim
-from cnf.checks import check_bool, check_count
+from cnf.checks import check_bool, check_count, tracing
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
@@ -130,14 +130,19 @@ class Flow(nn.Module):
         Of integers, a draw of a lower bound of their log-probability: the mean over draws of the
         noise is at most log P(x).
 
+        Outside the support, where the density is zero, it is -inf: no error, and no change to the
+        other rows. A base of bounded support is widened by the error of a solve, 50 times the
+        solver's tolerance (of the width of an interval, of the standard deviation on a half-line).
+        Rows so far out that a discrete flow overflows on its way to the base are -inf, too.
+
         Args:
             x: data.
             context: conditions (*batch, C), or broadcastable to it.
             divergence: "exact", "hutchinson" or a `Divergence`, for this call.
             solver: a solver, for this call.
             generator: source of the estimator's noise, and of dequantization's.
-            on_nonfinite: "raise" refuses rows of x that are not finite; "nan" gives them NaN, and
-                the others the value that they have without them.
+            on_nonfinite: "raise" refuses rows of x or context that are not finite; "nan" gives
+                them NaN, and the others the value that they have without them.
             return_stderr: whether to return the standard error of each log-density too, from the
                 spread of k >= 2 independent probes over one solve: sqrt(var / k), summed over the
                 CNFs in quadrature; zero where the divergence is exact. It says nothing of the noise
@@ -167,7 +172,7 @@ class Flow(nn.Module):
         check_bool("return_stderr", return_stderr)
         if return_stderr:
             choices["variances"] = []
-        if on_nonfinite == "raise" or not x.is_floating_point():
+        if on_nonfinite == "raise":
             found = self._log_prob(x, context, choices)
         else:
             found = self._log_prob_of_finite(x, context, choices)
@@ -176,13 +181,24 @@ class Flow(nn.Module):
     def _log_prob(self, x: Tensor, context: Tensor | None, choices: Choices) -> list[Tensor]:
         """Log-density (*batch,), and its standard error where variances are asked for."""
         self._check_modules()
-        self._check_values(x, context)
+        far = self._check_values(x, context)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-        log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
+        log_prob = self._base_log_prob(z, choices) + self._of_samples(log_det, x)
+        if far is not None:
+            log_prob = self._without_overflow(log_prob, far, x, context, choices)
         if "variances" not in choices:
             return [log_prob]
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
         return [log_prob, variance.sqrt().detach()]
+
+    def _base_log_prob(self, z: Tensor, choices: Choices) -> Tensor:
+        """Log-density of base samples that a transform computed (*batch,)."""
+        if not (isinstance(self.base, DistributionBase) and self.base.bounded):
+            return self.base.log_prob(z)
+        parts = (part for part in self.transform.modules() if isinstance(part, CNF))
+        solvers = [as_solver(choices.get("solver", part.solver)) for part in parts]
+        tolerances = [max(solver.rtol, solver.atol) for solver in solvers]
+        return self.base.log_prob(z, 50 * max(tolerances) if tolerances else None)
 
     def log_prob_and_integrals(
         self,
@@ -312,6 +328,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         """The score of the density at x (*batch, *event): grad_x log p(x).
 
+        Outside the support, where log p(x) is -inf, there is none: NaN.
+
         Args:
             x: data.
             context: conditions (*batch, C), or broadcastable to it.
@@ -339,18 +357,15 @@ class Flow(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
-            self._check_modules()
-            self._check_values(x, context)
-            z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-            log_prob = self.base.log_prob(z) + self._of_samples(log_det, x)
+            (log_prob, *_) = self._log_prob(x, context, choices)
             (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
         if create_graph and not score.requires_grad:
             raise RuntimeError(
                 "this solver gives a score without a gradient of its own; use "
                 "cnf.Solver(gradient='backprop', compile=False)"
             )
-        failed = log_prob.isnan().reshape(*log_prob.shape, *[1] * len(self.event_shape))
-        return score.masked_fill(failed, torch.nan)
+        unknown = ~log_prob.isfinite().reshape(*log_prob.shape, *[1] * len(self.event_shape))
+        return score.masked_fill(unknown, torch.nan)
 
     def trajectory(
         self,
@@ -530,17 +545,38 @@ class Flow(nn.Module):
             expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
 
-    def _check_values(self, x: Tensor | None, context: Tensor | None) -> None:
-        """Refuse x and context that are not finite; a `CNF` does so itself."""
+    def _check_values(self, x: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """Refuse x and context that are not finite; a `CNF` does so itself.
+
+        Returns the rows of x (*batch,) that are so far out that a layer may overflow, if there are
+        any; where values cannot be looked at, whether there are.
+        """
         if isinstance(self.transform, CNF):
-            return
+            return None
+        far = None
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers
             check_floating(x)
             check_like(x, self.transform)
-            check_finite(x, x.ndim - len(self.event_shape))
+            far = _far(x, x.ndim - len(self.event_shape))
         if context is not None:
             check_context(context)
             check_finite(context, context.ndim - 1, "context")
+        return far
+
+    def _without_overflow(
+        self, log_prob: Tensor, far: Tensor, x: Tensor, context: Tensor | None, choices: Choices
+    ) -> Tensor:
+        """-inf for rows far out whose log-density (*batch,) is NaN because a layer overflowed.
+
+        A CNF tells overflow itself, and has NaN where its solver was told to.
+        """
+        if any(isinstance(part, CNF) for part in self.transform.modules()):
+            return log_prob
+        lost = far & log_prob.isnan()
+        if not tracing() and bool(lost.any()):  # once more without them: their gradient is NaN
+            rows = lost.reshape(*lost.shape, *[1] * len(self.event_shape))
+            (log_prob,) = self._log_prob(x.masked_fill(rows, 0.0), context, choices)
+        return log_prob.masked_fill(lost, -torch.inf)
 
     def _check_real(self, method: str, why: str) -> None:
         """Refuse a flow of integers."""
@@ -557,14 +593,31 @@ class Flow(nn.Module):
     def _log_prob_of_finite(
         self, x: Tensor, context: Tensor | None, choices: Choices
     ) -> list[Tensor]:
-        """The same, with NaN for rows of x that are not finite."""
+        """The same, with NaN for rows of x or context that are not finite."""
         batch = x.shape[: x.ndim - len(self.event_shape)]
         finite = x.isfinite().unsqueeze(-1).flatten(len(batch)).all(-1)  # (*batch,)
         if context is not None:
-            context = expand_context(context, batch)[finite]
-        unknown = x.new_full(batch, float("nan"))
+            context = expand_context(context, batch)
+            finite = finite & context.isfinite().all(-1)
+            context = context[finite]
         found = self._log_prob(x[finite], context, choices)
+        unknown = found[0].new_full(batch, torch.nan)
         return [unknown.masked_scatter(finite, values) for values in found]
+
+
+def _far(x: Tensor, batch_dims: int) -> Tensor | None:
+    """Rows (*batch,) with a number so large that its square, times a weight, is none; else None.
+
+    Raises:
+        ValueError: x not finite.
+    """
+    bound = torch.finfo(x.dtype).max ** 0.4
+    if not tracing() and x.numel():
+        size = torch.linalg.vector_norm(x.detach(), torch.inf).item()
+        if size < bound:
+            return None
+        check_finite(x, batch_dims)
+    return (x.detach().abs() > bound).unsqueeze(-1).flatten(batch_dims).any(-1)
 
 
 def _check_events(event_shape: tuple[int, ...], transform: Transform) -> None:

@@ -155,7 +155,7 @@ class FlowMatching(nn.Module):
         x0 = self.flow.base.rsample((len(x1),), generator)
         for transform in reversed(after):
             own = context if transform.takes_context else None
-            x1, _ = transform.inverse_and_log_det(x1, own, **_noise(generator))
+            x1 = transform.inverse(x1, own, **_noise(generator))
         for transform in before:
             own = context if transform.takes_context else None
             x0 = transform.forward(x0, own, **_noise(generator))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cnf.checks import check_choice, tracing
@@ -119,6 +120,25 @@ class MaximumLikelihood(nn.Module):
         loss = self._in_unit(nats)
         log_terms(negative_log_likelihood=loss)
         return loss
+
+    @torch.no_grad()
+    def outside(self, x: Tensor, context: Tensor | None = None) -> str:
+        """A sentence on the rows of a batch (B, *event) with log p = -inf; "" where there is none.
+
+        Example:
+            >>> import cnf, torch
+            >>> flow = cnf.Flow(cnf.StandardNormal(1), cnf.transforms.Interval(0, 1))
+            >>> MaximumLikelihood(flow).outside(torch.tensor([[0.5], [1.5]]))[:27]
+            '1 of 2 samples of the batch'
+        """
+        rows = (self.flow.log_prob(x, context) == -torch.inf).flatten()
+        if not rows.any():
+            return ""
+        return (
+            f"{int(rows.sum())} of {len(rows)} samples of the batch lie outside the support of the "
+            f"flow (first index {int(rows.nonzero()[0])}), where its density is zero. Remove them, "
+            "or widen the support, such as levels= of a dequantization or the ends of an Interval."
+        )
 
     def _in_unit(self, nats: Tensor) -> Tensor:
         """Nats in the unit of the loss."""

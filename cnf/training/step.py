@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import TrainingError
+from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.terms import record_terms
 from cnf.ode import record_solves
 from cnf.training.run import Run
@@ -65,7 +66,7 @@ def take_step(
     run.optimizer.zero_grad(set_to_none=True)
     with record_solves() as solves, record_terms() as terms:
         loss = run.objective(*(part.to(run.device) for part in parts), **chosen)
-        value = _finite_value(loss, step)
+        value = _finite_value(loss, step, run.objective, parts)
         loss.backward()
     limit = math.inf if clip_grad_norm is None else clip_grad_norm
     norm = float(nn.utils.clip_grad_norm_(run.objective.parameters(), limit))
@@ -88,7 +89,9 @@ def take_step(
     return report
 
 
-def _finite_value(loss: object, step: int) -> float:
+def _finite_value(
+    loss: object, step: int, objective: nn.Module, batch: tuple[Tensor, ...]
+) -> float:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
@@ -97,10 +100,11 @@ def _finite_value(loss: object, step: int) -> float:
         )
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise TrainingError(
-            f"the loss of step {step} is {value}. "
-            "Lower the learning rate, clip the gradient, or look at the data."
-        )
+        advice = ""
+        if value == math.inf and isinstance(objective, MaximumLikelihood):
+            advice = objective.outside(*(part.to(loss.device) for part in batch))
+        advice = advice or "Lower the learning rate, clip the gradient, or look at the data."
+        raise TrainingError(f"the loss of step {step} is {value}. {advice}")
     return value
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+
+from cnf.checks import tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,7 +100,9 @@ class Transform(nn.Module, ABC):
     5. `choices` concern transforms that solve ODEs or draw noise: others ignore them, containers
        pass them on;
     6. one that acts on each number by itself, whatever the shape, may return log-determinants of
-       each, (*batch, *event): `Compose` and `Flow` sum them over samples.
+       each, (*batch, *event): `Compose` and `Flow` sum them over samples;
+    7. where no z is mapped to some x, set `bounded`, and let `inverse_and_log_det` return a finite
+       z and the log-determinant -inf for them: so the density of a flow is zero there.
 
     Assumed, not checked: each direction is the inverse of the other.
 
@@ -109,6 +114,7 @@ class Transform(nn.Module, ABC):
             that take it, and leave it out for the others.
         levels: where data samples are integers, how many values they have, see
             `UniformDequantization`; else None.
+        bounded: whether there are x that no z is mapped to.
     """
 
     event_shape: tuple[int, ...] | None = None
@@ -116,6 +122,7 @@ class Transform(nn.Module, ABC):
     event_dims: int | None = None
     takes_context: bool = True
     levels: int | tuple[int | None, ...] | None = None
+    bounded: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -143,8 +150,39 @@ class Transform(nn.Module, ABC):
     def inverse(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> Tensor:
-        """z = f^-1(x), without the log-determinant."""
-        return self.inverse_and_log_det(x, context, **choices)[0]
+        """z = f^-1(x), without the log-determinant; x that no z is mapped to is refused."""
+        return only_mapped(self, x, *self.inverse_and_log_det(x, context, **choices))
+
+    def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint | None:
+        """The samples that real numbers are mapped to; None where that is no simple set.
+
+        Args:
+            event_shape: shape of a data sample.
+        """
+        if any(isinstance(part, Transform) and part.bounded for part in self.modules()):
+            return None
+        return constraints.independent(constraints.real, len(event_shape))
+
+
+def only_mapped(transform: Transform, x: Tensor, z: Tensor, log_det: Tensor) -> Tensor:
+    """z of x, where nothing else can say that no z is mapped to some x.
+
+    Raises:
+        ValueError: such x; where values cannot be looked at, z is NaN for them.
+    """
+    if not transform.bounded:
+        return z
+    outside = log_det == -torch.inf
+    if not (x.is_meta or tracing()) and bool(outside.any()):
+        seen = x.detach()[outside].double()
+        raise ValueError(
+            f"x has {int(outside.sum())} values outside of what {transform} maps to: they lie from "
+            f"{seen.min().item():.6g} to {seen.max().item():.6g}; no z is mapped there, remove "
+            "such samples"
+        )
+    return z.masked_fill(
+        outside.reshape((*outside.shape, *[1] * (z.ndim - outside.ndim))), torch.nan
+    )
 
 
 class Compose(Transform):
@@ -194,6 +232,17 @@ class Compose(Transform):
     def levels(self) -> int | tuple[int | None, ...] | None:  # type: ignore[override]
         """Those of the last of them."""
         return self[-1].levels
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        """Whether one of them is."""
+        return any(transform.bounded for transform in self)
+
+    def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint | None:
+        """That of the last of them, where the others map to all real numbers, or for integers."""
+        *others, last = self
+        known = last.quantized or all(other.codomain(event_shape) for other in others)
+        return last.codomain(event_shape) if known else None
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)  # type: ignore[arg-type]
@@ -341,7 +390,8 @@ class Inverse(Transform):
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
         """The inverse of the transform within."""
-        return self.transform.inverse_and_log_det(z, context, **choices)
+        x, log_det = self.transform.inverse_and_log_det(z, context, **choices)
+        return only_mapped(self.transform, z, x, log_det), log_det
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-__all__ = ["check_columns", "chosen_columns"]
+__all__ = ["check_columns", "chosen_columns", "of_columns"]
 
 
 def check_columns(columns: Sequence[int]) -> tuple[int, ...]:
@@ -42,3 +43,13 @@ def chosen_columns(columns: tuple[int, ...] | None, x: Tensor) -> Tensor:
     if x.ndim == 0 or x.shape[-1] <= max(columns):
         raise ValueError(f"x has shape {tuple(x.shape)}, too few columns for columns={columns}")
     return torch.tensor([i in columns for i in range(x.shape[-1])], device=x.device)
+
+
+def of_columns(
+    own: constraints.Constraint, columns: tuple[int, ...] | None, event_shape: Sequence[int]
+) -> constraints.Constraint:
+    """A constraint of samples: some columns have their own, the others are real."""
+    if columns is not None:
+        each = [own if i in columns else constraints.real for i in range(event_shape[-1])]
+        own = constraints.stack(each, -1)
+    return constraints.independent(own, len(event_shape))

@@ -298,6 +298,11 @@ class CNF(Transform):
                 f"x has shape {tuple(x.shape)}, expected (*batch, *event) with {self.event_dims} "
                 "event dimensions"
             )
+        if 0 in x.shape[x.ndim - self.event_dims :]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, whose samples have no numbers; features must be 1 "
+                "or more"
+            )
         if isinstance(self.field, nn.Module):
             check_like(x, self.field)
         check_finite(x, x.ndim - self.event_dims)

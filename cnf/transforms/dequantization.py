@@ -53,7 +53,8 @@ class UniformDequantization(Dequantization):
 
     Raises:
         TypeError: floating-point x where integers are due; levels of another kind.
-        ValueError: levels below 2, or too many for the dtype; x that is not one of the levels.
+        ValueError: levels below 2, or too many for the dtype; fractions in a column of integers.
+            Integers that are no level have the log-probability -inf.
 
     Reference: Uria et al., arXiv 1306.0186; Theis et al., arXiv 1511.01844.
 

@@ -22,7 +22,7 @@ def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
     check_shape(x, event_shape)
 
 
-def check_shape(x: Tensor, event_shape: Sequence[int]) -> None:
+def check_shape(x: Tensor, event_shape: Sequence[int], name: str = "x") -> None:
     """Refuse what is not of the shape (*batch, *event).
 
     Raises:
@@ -31,7 +31,7 @@ def check_shape(x: Tensor, event_shape: Sequence[int]) -> None:
     event = tuple(event_shape)
     if x.ndim < len(event) or x.shape[x.ndim - len(event) :] != event:
         expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
 
 
 def check_vector(event_shape: Sequence[int]) -> None:

@@ -161,6 +161,11 @@ class Split(Transform):
         """Whether the transform within takes context."""
         return self.transform.takes_context
 
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        """Whether the transform within is."""
+        return self.transform.bounded
+
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
@@ -274,6 +279,11 @@ class Multiscale(Transform):
     def takes_context(self) -> bool:  # type: ignore[override]
         """Whether a stage takes context."""
         return self.transform.takes_context
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        """Whether a stage is."""
+        return self.transform.bounded
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from cnf.checks import tracing
 from cnf.ode.inputs import check_finite, check_floating
@@ -32,6 +33,7 @@ class Dequantization(Transform):
     given.
     """
 
+    bounded = True
     levels: int | tuple[int | None, ...]
     like: Tensor
 
@@ -41,6 +43,17 @@ class Dequantization(Transform):
         if isinstance(self.levels, tuple):
             self.event_shape = self.base_shape = (len(self.levels),)
         self.register_buffer("like", torch.zeros(()), persistent=False)  # dtype and device
+
+    def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint:
+        """The integers below the levels, of each number; real numbers in the other columns."""
+        if isinstance(self.levels, int):
+            own = constraints.integer_interval(0, self.levels - 1)
+            return constraints.independent(own, len(event_shape))
+        columns = [
+            constraints.real if n is None else constraints.integer_interval(0, n - 1)
+            for n in self.levels
+        ]
+        return constraints.independent(constraints.stack(columns, -1), 1)
 
     def extra_repr(self) -> str:
         """The levels."""
@@ -70,12 +83,16 @@ class Dequantization(Transform):
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
-        """y = (x + u) / L for a draw of u, and -log L - log q(u | x)."""
+        """y = (x + u) / L for a draw of u, and -log L - log q(u | x); -inf of no level."""
         check_choices(choices)
-        x, scale = self._as_numbers(x), self._scale()
+        x, outside = self._as_numbers(x)
+        scale = self._scale()
         u, log_q = self._noise(x, context, choices)
-        log_scale = over_samples(scale.log().expand_as(x), log_q.ndim)
-        return (x + u) / scale, -(log_scale + log_q)
+        log_det = -(over_samples(scale.log().expand_as(x), log_q.ndim) + log_q)
+        if outside is not None:
+            wrong = over_samples(outside, log_q.ndim) > 0
+            log_det = log_det.masked_fill(wrong, -torch.inf)
+        return (x + u) / scale, log_det
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
@@ -146,8 +163,11 @@ class Dequantization(Transform):
                 "left for the noise; use flow.double()"
             )
 
-    def _as_numbers(self, x: Tensor) -> Tensor:
-        """Integers x (*batch, *event) as floating-point numbers, checked."""
+    def _as_numbers(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Integers x (*batch, *event) as floating-point numbers, checked, and which are no level.
+
+        Those are 0; None in place of which they are, where there can be none.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}; use torch.as_tensor(x)")
         self._check_digits()
@@ -167,24 +187,23 @@ class Dequantization(Transform):
             check_shape(x, self.event_shape)
         if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can but convert
             x = x.long()
-        self._check_values(x, real)
-        return x.to(self.like.dtype)
+        outside = self._outside(x, real)
+        x = x.to(self.like.dtype)
+        return (x, None) if outside is None else (x.masked_fill(outside, 0.0), outside)
 
-    def _check_values(self, x: Tensor, real: Tensor | None) -> None:
-        """Refuse what is not one of the levels."""
-        if (
-            x.is_meta
-            or tracing()
-            or not x.numel()
-            or (x.dtype == torch.uint8 and self.levels == 256)
-        ):
-            return
-        wrong = (x < 0) | (x >= self._scale())
-        if real is not None:
+    def _outside(self, x: Tensor, real: Tensor | None) -> Tensor | None:
+        """Which x are none of the levels; fractions are refused, where values can be looked at."""
+        if x.is_meta or (x.dtype == torch.uint8 and self.levels == 256):
+            return None
+        outside = (x < 0) | (x >= self._scale())
+        if real is None:
+            return outside
+        fraction = (x != x.floor()) & ~real
+        if not tracing():
             check_finite(x, x.ndim - 1)
-            wrong = (wrong | (x != x.floor())) & ~real
-        if wrong.any():
-            raise ValueError(self._refusal(x))
+            if bool(fraction.any()):
+                raise ValueError(self._refusal(x))
+        return (outside & ~real) | (fraction & ~x.isnan())
 
     def _refusal(self, x: Tensor, kind: str = "") -> str:
         """What is expected of x, and what it is."""
@@ -200,22 +219,17 @@ class Dequantization(Transform):
         if real is not None and not x.is_floating_point():
             return f"x must hold {expected}, {seen}; use x.float()"
         if kind:
-            looked_at = x.is_floating_point() and not x.is_meta
+            looked_at = x.is_floating_point() and not (x.is_meta or tracing())
             unit = looked_at and bool(((x >= 0) & (x <= 1)).all())
             whole = f"({self._most - 1} * x)" if unit else "x"
             return f"x must hold {expected}, {seen}; use {whole}.round().to(torch.uint8)"
-        if x.is_floating_point() and (x != x.floor()).any():
-            return f"x must hold {expected}, {seen}, with fractions; name its real columns by None"
-        return (
-            f"x must hold {expected}, {seen}; shift them to begin at 0, and choose levels= to "
-            "cover them"
-        )
+        return f"x must hold {expected}, {seen}, with fractions; name its real columns by None"
 
 
 def _range_of(x: Tensor) -> str:
     """From the least to the largest of its values that are numbers."""
     known = x.detach()
-    if x.is_complex() or x.is_meta:
+    if x.is_complex() or x.is_meta or tracing():
         return "that have no order" if x.is_complex() else "unknown"
     if not x.numel():
         return "of an empty tensor"

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import constraints
 
-from cnf.checks import check_number, tracing
+from cnf.checks import check_number
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
-from cnf.transforms.columns import check_columns, chosen_columns
+from cnf.transforms.columns import check_columns, chosen_columns, of_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +44,8 @@ class Sigmoid(Transform):
     Raises:
         TypeError: x of another dtype than float32 and float64.
         ValueError: alpha that is not between 0 and 0.5, or lost in the rounding of x; columns that
-            are not different, or beyond x; x that is outside of the interval.
+            are not different, or beyond x; x without a logit in `inverse`, which has no
+            log-determinant to say so (elsewhere that is -inf, and so is log_prob).
 
     Reference: Dinh et al., arXiv 1605.08803, section 4.1.
 
@@ -54,6 +56,7 @@ class Sigmoid(Transform):
     """
 
     takes_context = False
+    bounded = True
 
     def __init__(self, alpha: float = 0.05, columns: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -62,6 +65,11 @@ class Sigmoid(Transform):
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha={alpha!r} must lie between 0 and 0.5, such as 0.05")
         self.alpha = float(alpha)
+
+    def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint:
+        """The interval from -alpha / (1 - 2 alpha) to 1 + alpha / (1 - 2 alpha)."""
+        beyond = self.alpha / (1 - 2 * self.alpha)
+        return of_columns(constraints.interval(-beyond, 1 + beyond), self.columns, event_shape)
 
     def extra_repr(self) -> str:
         """Alpha, and the columns."""
@@ -80,18 +88,14 @@ class Sigmoid(Transform):
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None, **choices: Unpack[Choices]
     ) -> tuple[Tensor, Tensor]:
-        """The logit z of x and log dz/dx, of every number."""
+        """The logit z of x and log dz/dx, of every number; 0 and -inf where x has none."""
         self._check(x, context, choices)
-        given = x
-        if self.columns is not None:
-            x = torch.where(chosen_columns(self.columns, x), x, 0.5)
         # Each from its own side: 1 - s would lose the digits of an s near 1.
         s, rest = (self.alpha + (1 - 2 * self.alpha) * side for side in (x, 1 - x))
-        self._check_inside(x, s, rest)
-        log_s, log_rest = s.log(), rest.log()
-        return self._of_columns(
-            given, log_s - log_rest, math.log1p(-2 * self.alpha) - log_s - log_rest
-        )
+        outside = torch.minimum(s, rest) <= 0  # NaN stays NaN
+        log_s, log_rest = (side.masked_fill(outside, 0.5).log() for side in (s, rest))
+        log_det = math.log1p(-2 * self.alpha) - log_s - log_rest
+        return self._of_columns(x, log_s - log_rest, log_det.masked_fill(outside, -torch.inf))
 
     def _of_columns(self, x: Tensor, value: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The value and log-determinant, x and 0 in the other columns."""
@@ -109,14 +113,3 @@ class Sigmoid(Transform):
                 f"alpha={self.alpha} is too small for {str(x.dtype).removeprefix('torch.')}: "
                 "1 - alpha rounds to 1, whose logit is infinite; use 1e-6 or more"
             )
-
-    def _check_inside(self, x: Tensor, s: Tensor, rest: Tensor) -> None:
-        """Refuse what has no logit."""
-        if x.is_meta or tracing() or not bool((torch.minimum(s, rest) <= 0).any()):  # NaN stays NaN
-            return
-        known = x.detach().nan_to_num(0.0)
-        low, high = known.min().item(), known.max().item()
-        raise ValueError(
-            f"x has values from {low:.6g} to {high:.6g}, expected 0 to 1: the logit of others "
-            "is not finite; scale x, for pixels by UniformDequantization"
-        )

@@ -77,7 +77,8 @@ class Bernoulli(Decoder):
 
     Raises:
         TypeError: a network that is no module.
-        ValueError: in a call, x of another shape, or of other values than 0 and 1.
+        ValueError: in a call, x of another shape, or with fractions. Other whole numbers than 0
+            and 1 have the log-probability -inf.
 
     Example:
         >>> decoder = Bernoulli(nn.Linear(2, 3))
@@ -89,14 +90,13 @@ class Bernoulli(Decoder):
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z) (*batch,) of x (B, *event) given latents z (*batch, D)."""
         logits = self.parameters_at(z)
-        x = _matched(x, logits, z)
-        if not tracing() and not bool(((x == 0) | (x == 1)).all()):
-            low, high = x.min().item(), x.max().item()
-            raise ValueError(
-                f"x must hold 0 and 1 alone, got values from {low:.6g} to {high:.6g}; binarise by "
-                "cnf.data.random_binarization, or use DiscretizedLogistic or Gaussian"
-            )
-        return _summed(x * logits - F.softplus(logits), z)
+        x, outside = _levels(
+            _matched(x, logits, z),
+            2,
+            "; binarise by cnf.data.random_binarization, or use DiscretizedLogistic or Gaussian",
+        )
+        log_mass = x * logits - F.softplus(logits)
+        return _summed(log_mass.masked_fill(outside, -math.inf), z)
 
     def mean(self, z: Tensor) -> Tensor:
         """E[x | z] (*batch, *event): the probability of a 1."""
@@ -128,8 +128,9 @@ class DiscretizedLogistic(Decoder):
 
     Raises:
         TypeError: a network that is no module.
-        ValueError: less than two levels; in a call, x of another shape or not of whole numbers from
-            0 to L - 1, or a network whose first dimension is odd.
+        ValueError: less than two levels; in a call, x of another shape or with fractions, or a
+            network whose first dimension is odd. Other whole numbers than 0 to L - 1 have the
+            log-probability -inf.
 
     Reference:
         Kingma et al., arXiv 1606.04934; Salimans et al., PixelCNN++, arXiv 1701.05517.
@@ -155,8 +156,7 @@ class DiscretizedLogistic(Decoder):
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         """log P(x | z) (*batch,) of integers x (B, *event) given latents z (*batch, D)."""
         mean, log_scale = self._mean_and_log_scale(z)
-        x = _matched(x, mean, z)
-        self._check_levels(x)
+        x, outside = _levels(_matched(x, mean, z), self.levels)
         rate = (-log_scale).exp()
         above = ((x + 1) / self.levels - mean) * rate  # the edges of the bin, as F sees them
         below = (x / self.levels - mean) * rate
@@ -167,7 +167,7 @@ class DiscretizedLogistic(Decoder):
             + torch.where(first, 0.0, F.logsigmoid(-below))
             + torch.where(first | last, 0.0, (-torch.expm1(-rate / self.levels)).log())
         )
-        return _summed(log_mass, z)
+        return _summed(log_mass.masked_fill(outside, -math.inf), z)
 
     def mean(self, z: Tensor) -> Tensor:
         """E[x | z] (*batch, *event): the sum over levels j >= 1 of P(x >= j)."""
@@ -197,15 +197,6 @@ class DiscretizedLogistic(Decoder):
             )
         mean, log_scale = made.chunk(2, dim)
         return mean, log_scale.clamp(min=-math.log(self.levels) - 5)
-
-    def _check_levels(self, x: Tensor) -> None:
-        if tracing() or bool(((x >= 0) & (x < self.levels) & (x == x.round())).all()):
-            return
-        low, high = x.min().item(), x.max().item()
-        raise ValueError(
-            f"x must hold whole numbers from 0 to {self.levels - 1} for levels={self.levels}, got "
-            f"values from {low:.6g} to {high:.6g}"
-        )
 
 
 class Gaussian(Decoder):
@@ -283,6 +274,22 @@ def _matched(x: Tensor, made: Tensor, z: Tensor) -> Tensor:
             f"shape {tuple(z.shape)}"
         )
     return x.to(made.dtype)
+
+
+def _levels(x: Tensor, levels: int, remedy: str = "") -> tuple[Tensor, Tensor]:
+    """Whole numbers x, 0 for those that are none of the levels; and which these are.
+
+    Raises:
+        ValueError: fractions and NaN, where values can be looked at.
+    """
+    if not tracing() and not bool((x == x.round()).all()):
+        low, high = x.min().item(), x.max().item()
+        raise ValueError(
+            f"x must hold whole numbers from 0 to {levels - 1}, got values from {low:.6g} to "
+            f"{high:.6g}, with fractions or NaN{remedy}"
+        )
+    outside = (x < 0) | (x > levels - 1) | ((x != x.round()) & ~x.isnan())
+    return x.masked_fill(outside, 0.0), outside
 
 
 def _broadcasts(shape: torch.Size, batch: torch.Size) -> bool:
