@@ -49,6 +49,10 @@ class Matrix(nn.Module, ABC):
 class FullMatrix(Matrix):
     """A matrix of n^2 free entries, orthogonal and random at first.
 
+    It is inverted, and factored under torch.func, because `torch.linalg.lu_solve` with a batch of
+    factors that broadcasts is wrong in PyTorch 2.13 on CPU. The derivatives of `torch.linalg.solve`
+    and `slogdet` call it so in `vmap(jacfwd(...))` and `vmap(hessian(...))`.
+
     Args:
         size: n.
 
@@ -68,14 +72,16 @@ class FullMatrix(Matrix):
     def solve(self, rows: Tensor) -> Tensor:
         """A^-1 v for each row v of (N, n)."""
         try:
-            return torch.linalg.solve(self.weight.T, rows, left=False)
+            return F.linear(rows, torch.linalg.inv(self.weight))
         except torch.linalg.LinAlgError:
             raise self._singular() from None
 
     def log_det(self) -> Tensor:
         """log |det A| ()."""
-        value = torch.linalg.slogdet(self.weight).logabsdet
-        if not (tracing() or value.is_meta or value.isfinite()):
+        if tracing():
+            return torch.linalg.lu_factor_ex(self.weight).LU.diagonal().abs().log().sum()
+        value = torch.linalg.slogdet(self.weight).logabsdet  # its gradient is faster
+        if not (value.is_meta or value.isfinite()):
             raise self._singular()
         return value
 
