@@ -504,8 +504,10 @@ class Flow(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
 
     def _check_values(self, x: Tensor | None, context: Tensor | None) -> None:
-        """Refuse x and context that are not finite; a `CNF` does so itself."""
+        """Refuse x and context that are not finite; a `CNF` checks the rest itself."""
         if isinstance(self.transform, CNF):
+            if x is not None:  # which a CNF lets pass where its solver gives up samples
+                check_finite(x, x.ndim - len(self.event_shape))
             return
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers
             check_floating(x)
