@@ -200,7 +200,9 @@ class CNF(Transform):
             with torch.inference_mode(False), torch.no_grad():
                 return self._solve(x, context, times, choices, log_det=log_det)
         x, context = normal(x), None if context is None else normal(context)
-        self._check_state(x, as_solver(choices.get("solver", self.solver)))
+        solver = as_solver(choices.get("solver", self.solver))
+        gives_up = isinstance(solver, Solver) and solver.on_failure == "nan"
+        self._check_state(x, finite=not gives_up)  # a solve before this one may have given up, too
         batch_dims = x.ndim - self.event_dims
         batch, event = x.shape[:batch_dims], x.shape[batch_dims:]
         context = self._batch_context(context, batch, x)
@@ -281,7 +283,7 @@ class CNF(Transform):
         check_finite(context, context.ndim - 1, "context")
         return expand_context(context, batch).reshape(batch.numel(), context.shape[-1])
 
-    def _check_state(self, x: Tensor, solver: Solver | TorchDiffEq) -> None:
+    def _check_state(self, x: Tensor, *, finite: bool = True) -> None:
         check_floating(x)
         if x.ndim < self.event_dims:
             raise ValueError(
@@ -290,8 +292,8 @@ class CNF(Transform):
             )
         if isinstance(self.field, nn.Module):
             check_like(x, self.field)
-        if isinstance(solver, TorchDiffEq) or solver.on_failure == "raise":
-            check_finite(x, x.ndim - self.event_dims)  # else a solve before may have given up
+        if finite:
+            check_finite(x, x.ndim - self.event_dims)
 
     def _explained(self, error: SolverError) -> SolverError:
         """The error, with the name of the first parameter that is not finite."""
