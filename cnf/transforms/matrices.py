@@ -49,9 +49,9 @@ class Matrix(nn.Module, ABC):
 class FullMatrix(Matrix):
     """A matrix of n^2 free entries, orthogonal and random at first.
 
-    It is inverted, and factored under torch.func, because `torch.linalg.lu_solve` with a batch of
-    factors that broadcasts is wrong in PyTorch 2.13 on CPU. The derivatives of `torch.linalg.solve`
-    and `slogdet` call it so in `vmap(jacfwd(...))` and `vmap(hessian(...))`.
+    Under torch.func it is inverted and factored, which costs more. There the derivatives of
+    `torch.linalg.solve` and `slogdet` may call `torch.linalg.lu_solve` with a batch of factors that
+    broadcasts, as in `vmap(jacfwd(...))`, which is wrong in PyTorch 2.13 on CPU.
 
     Args:
         size: n.
@@ -72,7 +72,9 @@ class FullMatrix(Matrix):
     def solve(self, rows: Tensor) -> Tensor:
         """A^-1 v for each row v of (N, n)."""
         try:
-            return F.linear(rows, torch.linalg.inv(self.weight))
+            if tracing():
+                return F.linear(rows, torch.linalg.inv(self.weight))
+            return torch.linalg.solve(self.weight.T, rows, left=False)
         except torch.linalg.LinAlgError:
             raise self._singular() from None
 
@@ -80,7 +82,7 @@ class FullMatrix(Matrix):
         """log |det A| ()."""
         if tracing():
             return torch.linalg.lu_factor_ex(self.weight).LU.diagonal().abs().log().sum()
-        value = torch.linalg.slogdet(self.weight).logabsdet  # its gradient is faster
+        value = torch.linalg.slogdet(self.weight).logabsdet
         if not (value.is_meta or value.isfinite()):
             raise self._singular()
         return value
@@ -161,7 +163,9 @@ class QRMatrix(Matrix):
             )
         self.reflections = reflections
         # Those that take a Gaussian matrix to R: of all directions, and |F_ij| <= 1.
-        self.factors = nn.Parameter(torch.geqrf(torch.randn(size, size)).a.tril(-1))
+        free = torch.randn(size, size)
+        free = free if free.is_meta else torch.geqrf(free).a  # of which torch has none on meta
+        self.factors = nn.Parameter(free.tril(-1))
 
     def multiply(self, rows: Tensor) -> Tensor:
         """A v for each row v of (N, n)."""
