@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cnf.checks import check_count
+from cnf.noise import draw
 
 __all__ = ["Calibration", "Posterior", "c2st", "simulation_based_calibration"]
 
@@ -36,6 +37,9 @@ class Calibration:
 
         ranks_id         = #{l: x_ild < x_id}
         density_ranks_i  = #{l: log q(x_il | c_i) > log q(x_i | c_i)}
+
+    and to each is added a uniform draw from 0 ... #{l: equal}, which breaks ties: integers and
+    constant columns have them, and densities that are constant.
 
     If q is the posterior, every one of them is uniform on 0 ... L. The first finds what is wrong
     with a dimension: bias gives ranks that pile up at one end, over-confidence at both ends,
@@ -177,7 +181,8 @@ def simulation_based_calibration(
         solver: a solver for the flow's calls.
         divergence: that of its log-densities; a Hutchinson estimate blurs the density's ranks, so
             that "exact" is what to give where there is no closed form.
-        generator: source of randomness; where None is given, none is passed on.
+        generator: source of randomness, also of the ranks among ties; where None is given, none is
+            passed on.
 
     Returns:
         The ranks, with their tests: see `Calibration`.
@@ -210,14 +215,21 @@ def simulation_based_calibration(
                 f"posterior.sample(({draws},), context) must return {(draws, *x_i.shape)} for "
                 f"context {tuple(c_i.shape)}, got {tuple(found.shape)}"
             )
-        log_q = posterior.log_prob(found, c_i, **own)  # (L, B)
-        log_q_true = posterior.log_prob(x_i, c_i, **own)  # (B,)
-        for name, value in (("draws", found), ("densities", log_q), ("densities", log_q_true)):
+        # Draws and truth in one call, so that they share the error of a solver.
+        log_q = posterior.log_prob(torch.cat((found, x_i[None].to(found.device))), c_i, **own)
+        for name, value in (("draws", found), ("densities", log_q)):
             if value.isnan().any():
                 raise ValueError(f"posterior gives {name} that are NaN; it cannot be judged")
-        ranks.append((found < x_i).sum(0))
-        density_ranks.append((log_q > log_q_true).sum(0))
+        ranks.append(_rank(x_i, found, generator))
+        density_ranks.append(_rank(-log_q[-1], -log_q[:-1], generator))
     return Calibration(torch.cat(ranks).cpu(), torch.cat(density_ranks).cpu(), draws)
+
+
+def _rank(value: Tensor, draws: Tensor, generator: torch.Generator | None) -> Tensor:
+    """How many draws (L, *batch) are below the value (*batch), ties broken at random."""
+    equal = (draws == value).sum(0)
+    u = draw(torch.rand, equal.shape, like=equal.double(), generator=generator)
+    return (draws < value).sum(0) + (u * (equal + 1)).long().clamp(max=equal)
 
 
 def c2st(a: Tensor, b: Tensor, *, seed: int = 1, folds: int = 5) -> float:

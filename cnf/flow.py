@@ -181,7 +181,7 @@ class Flow(nn.Module):
     def _log_prob(self, x: Tensor, context: Tensor | None, choices: Choices) -> list[Tensor]:
         """Log-density (*batch,), and its standard error where variances are asked for."""
         self._check_modules()
-        far = self._check_values(x, context)
+        far = self._check_values(x, context, choices)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
         log_prob = self._base_log_prob(z, choices) + self._of_samples(log_det, x)
         if far is not None:
@@ -521,7 +521,7 @@ class Flow(nn.Module):
         if context is not None:
             check_context(context)
         self._check_modules()
-        self._check_values(None, context)
+        self._check_values(None, context, {})
         batch = () if context is None else tuple(context.shape[:-1])
         return self.base.rsample((*_sample_shape(shape), *batch), generator)
 
@@ -545,13 +545,17 @@ class Flow(nn.Module):
             expected = f"(..., D={event[0]})" if len(event) == 1 else f"(..., {str(event)[1:-1]})"
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
 
-    def _check_values(self, x: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """Refuse x and context that are not finite; a `CNF` does so itself.
+    def _check_values(
+        self, x: Tensor | None, context: Tensor | None, choices: Choices
+    ) -> Tensor | None:
+        """Refuse x and context that are not finite; a `CNF` checks most of it itself.
 
         Returns the rows of x (*batch,) that are so far out that a layer may overflow, if there are
         any; where values cannot be looked at, whether there are.
         """
         if isinstance(self.transform, CNF):
+            if x is not None and self.transform.gives_up(choices):
+                check_finite(x, x.ndim - len(self.event_shape))
             return None
         far = None
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers

@@ -11,12 +11,14 @@ from torch import Tensor
 from cnf.checks import check_count
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq
+from cnf.pareto import pareto_shape
 from cnf.target import Target, check_target, log_density_of
 from cnf.warn import warn
 
 __all__ = ["ImportanceEstimate", "importance_sampling"]
 
 FEW, SHARE = 10, 0.01  # effective samples, and their share, below which nothing can be trusted
+HEAVY, USELESS = 0.5, 0.7  # shapes of the tail above which the variance, and all, is in doubt
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,9 @@ class ImportanceEstimate:
         effective_sample_size: ESS (*batch,), from 1 to S.
         free_energy: mean(-log w) (*batch,), an upper bound of -log Z in the mean.
         free_energy_stderr: its standard error (*batch,).
+        pareto_shape: k of the tail of w (*batch,), see `cnf.pareto.pareto_shape`. Above 1/2 the
+            variance of w may be infinite and `stderr` is too small; above 0.7 no figure can be
+            trusted. NaN with fewer than 25 draws; with fewer than some hundreds it is uncertain.
         log_weights: log w (S, *batch), in float64 as all of these.
         samples: x (S, *batch, *event).
     """
@@ -41,6 +46,7 @@ class ImportanceEstimate:
     effective_sample_size: Tensor
     free_energy: Tensor
     free_energy_stderr: Tensor
+    pareto_shape: Tensor
     log_weights: Tensor
     samples: Tensor
 
@@ -58,6 +64,7 @@ class ImportanceEstimate:
             effective_sample_size=size,
             free_energy=-log_w.mean(0),
             free_energy_stderr=log_w.std(0) / math.sqrt(count),
+            pareto_shape=pareto_shape(log_w),
             log_weights=log_w,
             samples=samples,
         )
@@ -74,6 +81,7 @@ class ImportanceEstimate:
             ("log normalizer", _pair(self.log_normalizer, self.stderr)),
             ("free energy", _pair(self.free_energy, self.free_energy_stderr)),
             ("effective samples", f"{_span(self.effective_sample_size, '.1f')} of {count}"),
+            ("Pareto shape", _span(self.pareto_shape, ".2f")),
         ]
         conditions = self.log_normalizer.numel()
         several = f"{conditions} conditions, lowest to highest\n" if conditions > 1 else ""
@@ -109,15 +117,18 @@ def importance_sampling(
         generator: source of randomness.
 
     Warns:
-        RuntimeWarning: an effective sample size below 10 or below 1% of the samples, with which the
-            standard error means little.
+        RuntimeWarning: an effective sample size below 10 or below 1% of the samples, or weights
+            whose largest have a Pareto shape above 1/2, with which the standard error means little.
+            Where the flow's tails are far lighter than the target's, the draws may show nothing of
+            it, and nothing warns.
 
     Raises:
         TypeError: an argument of a wrong kind; a flow of integers.
         ValueError: counts that are too small; weights that are not numbers, infinite, or all zero.
 
     Reference: Owen, Monte Carlo theory, methods and examples, chapter 9; Mueller et al., arXiv
-    1808.03856.
+    1808.03856; for the Pareto shape Vehtari et al., arXiv 1507.02646. The weights are not smoothed:
+    the estimate of Z stays without bias.
 
     Example:
         >>> import cnf
@@ -151,7 +162,7 @@ def importance_sampling(
     log_w = torch.cat(log_weights)
     _check_weights(log_w)
     estimate = ImportanceEstimate.of(log_w, torch.cat(drawn))
-    _warn_of_few(estimate)
+    _warn_of_doubt(estimate)
     return estimate
 
 
@@ -170,16 +181,28 @@ def _check_weights(log_w: Tensor) -> None:
         )
 
 
-def _warn_of_few(estimate: ImportanceEstimate) -> None:
-    """Warn of an effective sample size that is too small for its standard error to be believed."""
+def _warn_of_doubt(estimate: ImportanceEstimate) -> None:
+    """Warn of weights so unequal that the standard error cannot be believed."""
     count = len(estimate.log_weights)
     if not estimate.effective_sample_size.numel():
         return
     least = estimate.effective_sample_size.min().item()
+    heaviest = estimate.pareto_shape.nan_to_num(nan=-math.inf).max().item()
     if least < max(FEW, SHARE * count):
         warn(
             f"the effective sample size is {least:.1f} of {count}: neither log Z nor its standard "
             "error can be trusted; draw more samples or train the flow further"
+        )
+    elif heaviest > HEAVY:
+        what = (
+            "no figure of this estimate can be trusted"
+            if heaviest > USELESS
+            else "their variance may be infinite and the standard error of log Z too small"
+        )
+        warn(
+            f"the largest of {count} weights have a Pareto shape of {heaviest:.2f}, above {HEAVY}: "
+            f"{what}; use a flow with tails as heavy as the target's, such as one with a Student-t "
+            "base, or train it further (with few draws the shape itself is uncertain: draw more)"
         )
 
 

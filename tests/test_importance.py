@@ -142,7 +142,7 @@ def test_batches_and_dtypes():
 def test_the_summary():
     text = str(cnf.importance_sampling(normal(), log_density, 1000, generator=seeded()))
     assert [line.split("  ")[0] for line in text.splitlines()] == [
-        "log normalizer", "free energy", "effective samples",
+        "log normalizer", "free energy", "effective samples", "Pareto shape",
     ]  # fmt: skip
     assert " of 1000" in text
     assert "+-" in text
@@ -154,6 +154,28 @@ def test_few_effective_samples_are_told():
 
     with pytest.warns(RuntimeWarning, match="effective sample size is .* of 2000: neither"):
         cnf.importance_sampling(normal(), narrow, 2000, generator=seeded())
+
+
+@pytest.mark.parametrize(
+    ("degrees", "d", "seed", "words"),
+    [(3.0, 5, 0, "variance may be infinite"), (1.0, 2, 5, "no figure of this estimate")],
+)
+def test_heavy_tailed_weights_are_told(degrees, d, seed, words):
+    """A normal flow under targets of heavier tails: the variance of the weights is infinite."""
+    target = torch.distributions.StudentT(torch.tensor(degrees).double())
+    with pytest.warns(RuntimeWarning, match=f"Pareto shape of .*{words}"):
+        estimate = cnf.importance_sampling(
+            normal(d), lambda x: target.log_prob(x).sum(-1), 1000, generator=seeded(seed)
+        )
+    assert estimate.pareto_shape > 0.5
+    assert estimate.effective_sample_size > 20  # which tells nothing of it
+
+
+def test_weights_of_light_tails_are_not_suspected():
+    """Of a target narrower than the flow, whose weights are bounded; a warning is an error here."""
+    for seed in range(20):
+        estimate = cnf.importance_sampling(normal(), log_density, 100, generator=seeded(seed))
+        assert estimate.pareto_shape < 0.5
 
 
 @pytest.mark.parametrize(
@@ -185,5 +207,6 @@ def test_other_bad_input():
 def test_a_bounded_target():
     """The area under the strip's density, by a flow of its support."""
     flow = cnf.Flow(cnf.StandardNormal(1), Compose(Diagonal(1), Interval(-4, 4))).double()
-    estimate = cnf.importance_sampling(flow, lambda x: 0 * x[:, 0], 20_000, generator=seeded())
+    with pytest.warns(RuntimeWarning, match="Pareto shape"):  # the variance is infinite
+        estimate = cnf.importance_sampling(flow, lambda x: 0 * x[:, 0], 20_000, generator=seeded())
     assert abs(estimate.log_normalizer.item() - math.log(8)) < 3 * estimate.stderr.item()

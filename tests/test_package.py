@@ -309,6 +309,22 @@ def test_a_state_dict_carries_a_module_over(name: str) -> None:
     assert torch.equal(use(other), use(thing))
 
 
+@pytest.mark.parametrize("name", [name for name in USES if name not in VALUES])
+def test_a_module_built_on_meta_is_the_same_once_its_state_is_loaded(name: str) -> None:
+    """`to_empty` gives memory of any content, also to what the state does not hold."""
+    make, use = USES[name]
+    thing = make()
+    value = use(thing)
+    with torch.device("meta"):
+        other = make()
+    other.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+    other.load_state_dict(thing.state_dict())
+    assert torch.equal(use(other), value)
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_a_choice_is_an_immutable_value(name: str) -> None:
     thing = USES[name][0]()

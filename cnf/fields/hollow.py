@@ -15,6 +15,7 @@ from cnf.fields.activations import activation as make_activation
 from cnf.fields.activations import has_slope, value_and_slope
 from cnf.fields.base import Constants, VectorField, check_sizes
 from cnf.fields.closed_form import is_linear, refuse_hooks
+from cnf.fields.masked import MaskedLinear
 from cnf.fields.time import check_frequencies, time_features
 
 __all__ = ["HollowField"]
@@ -161,30 +162,29 @@ class _HollowNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.features = features
-        each = torch.eye(dims, dtype=torch.bool)
-        none = each.new_zeros(conditions, dims)
-        others = ~each.repeat_interleave(features, 0)
-        count = max(1, min(dims - 1, min(hidden, default=0) // 2))
-        seen = [torch.cat((each, none)), *(_seen(n, count, dims) for n in hidden), others]
-        layers = [nn.Linear(len(a), len(b)) for a, b in pairwise(seen)]
+        with torch.device("cpu"):
+            each = torch.eye(dims, dtype=torch.bool)
+            none = each.new_zeros(conditions, dims)
+            others = ~each.repeat_interleave(features, 0)
+            count = max(1, min(dims - 1, min(hidden, default=0) // 2))
+            seen = [torch.cat((each, none)), *(_seen(n, count, dims) for n in hidden), others]
+            masks = [_subset(a, b).t() for a, b in pairwise(seen)]
+        layers = [MaskedLinear(mask) for mask in masks]
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(make_activation(activation) for _ in hidden)
-        self.masks = [f"mask_{i}" for i in range(len(self.layers))]
-        for name, layer, (a, b) in zip(self.masks, layers, pairwise(seen), strict=True):
-            mask = _subset(a, b).t().to(layer.weight.dtype)
-            self.register_buffer(name, mask, persistent=False)
+        for layer in layers:
+            inputs = layer.mask.sum(1, keepdim=True).clamp_(min=1)
             with torch.no_grad():  # a unit's weights by the number of its own inputs
-                layer.weight.uniform_(-1, 1).div_(mask.sum(1, keepdim=True).clamp_(min=1).sqrt_())
+                layer.weight.uniform_(-1, 1).div_(inputs.sqrt_())
 
     def weights(self) -> tuple[Tensor, ...]:
         """The weights of each layer, masked."""
         for layer in self._linears():
             refuse_hooks(layer)
-        pairs = zip(self._linears(), self.masks, strict=True)
-        return tuple(layer.weight * getattr(self, name) for layer, name in pairs)
+        return tuple(layer.masked_weight() for layer in self._linears())
 
-    def _linears(self) -> list[nn.Linear]:
-        return cast("list[nn.Linear]", list(self.layers))
+    def _linears(self) -> list[MaskedLinear]:
+        return cast("list[MaskedLinear]", list(self.layers))
 
     def forward(self, s: Tensor, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """h (B, D, k), with the weights of `weights()`."""

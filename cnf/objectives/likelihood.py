@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from cnf.checks import check_choice, tracing
 from cnf.flow import Flow
+from cnf.objectives.survivors import of_survivors
 from cnf.objectives.terms import log_terms
 from cnf.regularizers import Regularizer
+from cnf.transforms.continuous import CNF
 from cnf.transforms.regularization import check_regularization
 from cnf.warn import warn
 
@@ -42,10 +44,15 @@ class MaximumLikelihood(nn.Module):
             time, once a batch: then the path is of use at all these times, and less stiff. Only
             here: `flow.log_prob` has the true end.
 
+    Where a solver has on_failure="nan", the mean is over the samples whose solves end, and the
+    number of the others is logged as failed_samples.
+
     Warns:
-        RuntimeWarning: a mean log-probability of integers above 0, which is the solver's error.
+        RuntimeWarning: a mean log-probability of integers above 0, where a solver computes it: once
+            for each objective.
 
     Raises:
+        TrainingError: in a call, a solver with on_failure="nan" gives up more than half of x.
         TypeError: not a Flow; a regulariser that is none, or not for the flow's fields.
         ValueError: a unit that is not known; regularisers or a steer for a flow without a CNF; two
             of one name; a steer that is negative or not below the span of the times.
@@ -79,6 +86,7 @@ class MaximumLikelihood(nn.Module):
         self.unit = unit
         self.regularizers = tuple(regularizers)
         self.steer = steer
+        self._warned = False
 
     def extra_repr(self) -> str:
         """The unit, and how the path is kept simple."""
@@ -95,13 +103,18 @@ class MaximumLikelihood(nn.Module):
             context: (B, C) or None.
             choices: `divergence=`, `solver=`, `generator=` for this call.
         """
-        if not (self.regularizers or self.steer):
-            return self._likelihood(self.flow.log_prob(x, context, **choices))
-        log_prob, integrals = self.flow.log_prob_and_integrals(
-            x, context, regularizers=self.regularizers, steer=self.steer, **choices
-        )
+
+        def evaluate(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+            if not (self.regularizers or self.steer):
+                return (self.flow.log_prob(x, context, **choices),)
+            return self.flow.log_prob_and_integrals(
+                x, context, regularizers=self.regularizers, steer=self.steer, **choices
+            )
+
+        log_prob, *rest = of_survivors(evaluate, self.flow, x, context, choices.get("solver"))
         loss = self._likelihood(log_prob)
-        for regularizer, integral in zip(self.regularizers, integrals.unbind(-1), strict=True):
+        integrals = rest[0].unbind(-1) if rest else ()
+        for regularizer, integral in zip(self.regularizers, integrals, strict=True):
             mean = integral.mean()
             log_terms(**{regularizer.name: mean})
             if regularizer.weight:
@@ -111,7 +124,8 @@ class MaximumLikelihood(nn.Module):
     def _likelihood(self, log_prob: Tensor) -> Tensor:
         """The mean negative log-likelihood, in the unit."""
         nats = -log_prob.mean()
-        if self.flow.transform.quantized and not tracing() and nats.detach() < 0:
+        if self._solved_integers and not (self._warned or tracing()) and nats.detach() < 0:
+            self._warned = True
             warn(
                 f"the mean log-probability of a batch of integers is {-nats.item():.4g} nats, and "
                 "none is above 0: the steps of the solver are too coarse for what the field has "
@@ -139,6 +153,14 @@ class MaximumLikelihood(nn.Module):
             f"flow (first index {int(rows.nonzero()[0])}), where its density is zero. Remove them, "
             "or widen the support, such as levels= of a dequantization or the ends of an Interval."
         )
+
+    @property
+    def _solved_integers(self) -> bool:
+        """Whether all data are integers, whose probability a solver computes."""
+        levels = self.flow.transform.levels
+        if levels is None or (isinstance(levels, tuple) and None in levels):
+            return False
+        return any(isinstance(part, CNF) for part in self.flow.transform.modules())
 
     def _in_unit(self, nats: Tensor) -> Tensor:
         """Nats in the unit of the loss."""

@@ -208,8 +208,11 @@ class _Problem:
         return _first(end, len(x))
 
     def survivors(self, x: Tensor) -> Integral:
-        """The solve from x, NaN for the samples that fail, the others as if without them."""
-        alive = torch.arange(len(x), device=x.device)
+        """The solve from x, NaN for the samples that fail, the others as if without them.
+
+        Those that are NaN have failed already, in a solve before this one.
+        """
+        alive = x.isfinite().unsqueeze(-1).flatten(1).all(-1).nonzero().squeeze(-1)
         problem = self.choosing(on_failure="raise")
         for _ in range(_RETRIES if self.solver.batch == "shared" else 0):
             try:

@@ -208,7 +208,7 @@ class CNF(Transform):
             with torch.inference_mode(False), torch.no_grad():
                 return self._solve(x, context, times, choices, log_det=log_det)
         x, context = normal(x), None if context is None else normal(context)
-        self._check_state(x)
+        self._check_state(x, finite=not self.gives_up(choices))
         batch_dims = x.ndim - self.event_dims
         batch, event = x.shape[:batch_dims], x.shape[batch_dims:]
         context = self._batch_context(context, batch, x)
@@ -271,6 +271,11 @@ class CNF(Transform):
         found = solution.quadratures
         return solution.x, x.new_zeros(x.shape[0], 1) if found is None else found
 
+    def gives_up(self, choices: Choices) -> bool:
+        """Whether samples that fail become NaN, so that a solve before this one may have left some."""
+        solver = as_solver(choices.get("solver", self.solver))
+        return isinstance(solver, Solver) and solver.on_failure == "nan"
+
     def _batch_context(self, context: Tensor | None, batch: torch.Size, x: Tensor) -> Tensor | None:
         """Context broadcast against the batch and flattened: (..., C) -> (B, C)."""
         if context is None:
@@ -291,7 +296,7 @@ class CNF(Transform):
         rows = expand_context(context, batch).reshape(math.prod(batch), context.shape[-1])
         return rows.clone()  # the caller may reuse its memory before backward, or the field write
 
-    def _check_state(self, x: Tensor) -> None:
+    def _check_state(self, x: Tensor, *, finite: bool = True) -> None:
         check_floating(x)
         if x.ndim < self.event_dims:
             raise ValueError(
@@ -305,7 +310,8 @@ class CNF(Transform):
             )
         if isinstance(self.field, nn.Module):
             check_like(x, self.field)
-        check_finite(x, x.ndim - self.event_dims)
+        if finite:
+            check_finite(x, x.ndim - self.event_dims)
 
     def _explained(self, error: SolverError) -> SolverError:
         """The error, with the name of the first parameter that is not finite."""

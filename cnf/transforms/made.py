@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnf.checks import check_bool, check_count
 from cnf.fields.base import check_sizes
+from cnf.fields.masked import MaskedLinear
 from cnf.transforms.conditioners import make_activation, zeroed
 from cnf.transforms.discrete import check_context_size
 
@@ -88,10 +89,10 @@ class MADE(nn.Module):
         self.layers = nn.ModuleList()
         self.activations = nn.ModuleList()
         for before, after in zip([inputs, *degrees], degrees, strict=False):
-            self.layers.append(_MaskedLinear(before, after))
+            self.layers.append(_layer(before, after))
             self.activations.append(make_activation(activation))
         outputs = [i - 1 for i in inputs] * parameters  # an output i sees units of degree < i
-        self.last = cast(_MaskedLinear, zeroed(_MaskedLinear(degrees[-1], outputs)))
+        self.last = cast(MaskedLinear, zeroed(_layer(degrees[-1], outputs)))
         self.from_context = nn.Linear(context, hidden[0], bias=False) if context else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -117,28 +118,10 @@ def _degrees(features: int, width: int, *, with_context: bool) -> list[int]:
     return [0] * (width - rest) + steps
 
 
-class _MaskedLinear(nn.Linear):
+def _layer(before: Sequence[int], after: Sequence[int]) -> MaskedLinear:
     """A linear layer in which a unit sees those of its own degree or less."""
-
-    mask: Tensor
-
-    def __init__(self, before: Sequence[int], after: Sequence[int]) -> None:
-        super().__init__(len(before), len(after))
-        self.degrees = list(before), list(after)
-        self.register_buffer("mask", self._mask().to(self.weight), persistent=False)
-
-    def _mask(self) -> Tensor:
-        before, after = (torch.tensor(degrees, device="cpu") for degrees in self.degrees)
-        return after[:, None] >= before
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.mask.is_meta:  # it may come from the meta device, and then be empty memory
-            self.mask.copy_(self._mask())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n) -> (B, m)."""
-        return F.linear(x, self.weight * self.mask, self.bias)
+    inputs, outputs = (torch.tensor(degrees, device="cpu") for degrees in (before, after))
+    return MaskedLinear(outputs[:, None] >= inputs)
 
 
 class Walk:

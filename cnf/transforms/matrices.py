@@ -49,6 +49,10 @@ class Matrix(nn.Module, ABC):
 class FullMatrix(Matrix):
     """A matrix of n^2 free entries, orthogonal and random at first.
 
+    Under torch.func it is inverted and factored, which costs more. There the derivatives of
+    `torch.linalg.solve` and `slogdet` may call `torch.linalg.lu_solve` with a batch of factors that
+    broadcasts, as in `vmap(jacfwd(...))`, which is wrong in PyTorch 2.13 on CPU.
+
     Args:
         size: n.
 
@@ -68,14 +72,18 @@ class FullMatrix(Matrix):
     def solve(self, rows: Tensor) -> Tensor:
         """A^-1 v for each row v of (N, n)."""
         try:
+            if tracing():
+                return F.linear(rows, torch.linalg.inv(self.weight))
             return torch.linalg.solve(self.weight.T, rows, left=False)
         except torch.linalg.LinAlgError:
             raise self._singular() from None
 
     def log_det(self) -> Tensor:
         """log |det A| ()."""
+        if tracing():
+            return torch.linalg.lu_factor_ex(self.weight).LU.diagonal().abs().log().sum()
         value = torch.linalg.slogdet(self.weight).logabsdet
-        if not (tracing() or value.is_meta or value.isfinite()):
+        if not (value.is_meta or value.isfinite()):
             raise self._singular()
         return value
 
@@ -155,7 +163,9 @@ class QRMatrix(Matrix):
             )
         self.reflections = reflections
         # Those that take a Gaussian matrix to R: of all directions, and |F_ij| <= 1.
-        self.factors = nn.Parameter(torch.geqrf(torch.randn(size, size)).a.tril(-1))
+        free = torch.randn(size, size)
+        free = free if free.is_meta else torch.geqrf(free).a  # of which torch has none on meta
+        self.factors = nn.Parameter(free.tril(-1))
 
     def multiply(self, rows: Tensor) -> Tensor:
         """A v for each row v of (N, n)."""

@@ -115,10 +115,41 @@ def test_integers_more_probable_than_certain_are_the_solvers_error() -> None:
     ends = cnf.Sigmoid(), cnf.UniformDequantization(17)
     flow = cnf.Flow(cnf.StandardNormal(2), cnf.Compose(coarse, *ends))
     x = torch.full((50, 2), 8)
+    objective = cnf.MaximumLikelihood(flow)
     with pytest.warns(RuntimeWarning, match="none is above 0"):
-        cnf.MaximumLikelihood(flow)(x)
+        objective(x)
+    objective(x)  # told once, and a second warning would be an error here
     flow.transform[0].solver = cnf.Solver("dopri5", rtol=1e-6, atol=1e-6)
     assert cnf.MaximumLikelihood(flow)(x) > 0  # and no warning, which would be an error here
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_densities_above_one_are_right_beside_integers(solved: bool) -> None:
+    """Real columns, or no solver: no warning, which would be an error here."""
+    steep = cnf.CNF(cnf.LinearField(3), "exact") if solved else cnf.transforms.Diagonal(3)
+    ends = cnf.transforms.Sigmoid(columns=[0, 2]), cnf.UniformDequantization((3, None, 100))
+    flow = cnf.Flow(cnf.StandardNormal(3), cnf.Compose(steep, *ends))
+    if solved:
+        with torch.no_grad():
+            steep.field.linear.bias.zero_()
+            steep.field.linear.weight.copy_(torch.diag(torch.tensor([0.0, -9.0, 0.0])))
+    else:
+        steep.initialize(torch.randn(50, 3) * torch.tensor([1.0, 1e-4, 1.0]))
+    x = torch.stack((torch.randint(3, (50,)), torch.zeros(50), torch.randint(100, (50,))), -1)
+    assert cnf.MaximumLikelihood(flow)(x.float()) < 0
+
+
+def test_integers_above_one_without_a_solver_have_no_solver_to_blame() -> None:
+    """One draw of the noise may fall where the density of a narrow cell is high."""
+    narrow, end = cnf.transforms.Diagonal(1), cnf.Sigmoid()
+    narrow.amortized.set(
+        log_scale=torch.full((1,), -3.0), shift=end.inverse(torch.full((1,), 0.25))
+    )
+    ends = cnf.Compose(narrow, end, cnf.UniformDequantization(2))
+    objective = cnf.MaximumLikelihood(cnf.Flow(cnf.StandardNormal(1), ends))
+    x = torch.zeros(1, 1, dtype=torch.long)
+    best = max(-objective(x, generator=seeded(seed)).item() for seed in range(200))
+    assert best > 0
 
 
 # ---------------------------------------------------------------- regularised

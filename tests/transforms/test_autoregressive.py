@@ -165,6 +165,10 @@ def test_empty_memory_becomes_the_masks_when_a_state_is_loaded() -> None:
     twin.load_state_dict(f.state_dict())
     x = torch.randn(3, 4)
     assert torch.equal(twin.inverse(x), f.inverse(x))
+    with torch.device("meta"):
+        twin = MaskedAutoregressive(4)
+    twin.load_state_dict(f.state_dict(), assign=True)
+    assert torch.equal(twin.inverse(x), f.inverse(x))
 
 
 def test_iaf_is_its_inverse() -> None:

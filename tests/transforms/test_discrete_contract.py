@@ -287,6 +287,20 @@ def test_a_copy_after_use_is_the_same_and_shares_nothing(kind: Kind, duplicate) 
         assert torch.equal(joint(transform, direction)(*inputs)[0], expected[0]), "they share"
 
 
+def test_built_on_meta_it_is_the_same_once_its_state_is_loaded(kind: Kind) -> None:
+    """`to_empty` gives memory of any content, also to what the state does not hold."""
+    transform, inputs = kind.random(), kind.inputs("inverse", 4)
+    with torch.device("meta"):
+        twin = kind.make()
+    twin.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 1)
+    twin.load_state_dict(transform.state_dict())
+    twin.train(transform.training)
+    assert torch.equal(twin.inverse(*inputs), transform.inverse(*inputs))
+
+
 @kinds(lambda kind: kind.drawn)
 def test_what_was_drawn_at_random_is_loaded_too(kind: Kind) -> None:
     """A saved flow is loaded into one that drew another mask, order or permutation."""

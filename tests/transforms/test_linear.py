@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
+from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
+from torch.utils._pytree import tree_map
 
 from cnf.transforms.linear import Conv1x1, Diagonal, Linear, LULinear, QRLinear
 from cnf.transforms.matrices import FullMatrix, LUMatrix, QRMatrix
@@ -152,6 +153,40 @@ def test_first_and_second_derivatives(make, batch: int) -> None:
     assert torch.autograd.gradcheck(both, (x, *parameters), fast_mode=True)
     if batch == 2:
         assert torch.autograd.gradgradcheck(both, (x, *parameters), fast_mode=True)
+
+
+@each_map
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("mode", [jacfwd, jacrev, hessian])
+def test_derivatives_of_single_samples_under_vmap(make, mode) -> None:
+    """In x, and in the parameters of several maps at once, against autograd without torch.func."""
+    f = drawn(make)
+    x = torch.randn(3, *f.event_shape, dtype=torch.float64)
+    names, parameters = zip(*f.named_parameters(), strict=True)
+    several = [p + 0.1 * torch.randn(3, *p.shape, dtype=torch.float64) for p in parameters]
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = f
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = (*self.f.forward_and_log_det(x), *self.f.inverse_and_log_det(x))
+            return torch.cat([v.flatten() for v in ends]).sin().sum()
+
+    both = Both()
+
+    def value(x: Tensor, *parameters: Tensor) -> Tensor:
+        named = {f"f.{name}": p for name, p in zip(names, parameters, strict=True)}
+        return functional_call(both, named, (x,))
+
+    inputs = (x, *several)
+    found = vmap(mode(value, argnums=tuple(range(len(inputs)))))(*inputs)
+    autograd = torch.autograd.functional
+    for i in range(3):
+        row = tuple(v[i].detach() for v in inputs)
+        truth = autograd.hessian(value, row) if mode is hessian else autograd.jacobian(value, row)
+        torch.testing.assert_close(tree_map(lambda v, i=i: v[i], found), truth)
 
 
 @each_map
