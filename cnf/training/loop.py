@@ -186,7 +186,8 @@ def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -
     began = time.monotonic()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
-        loss = float(torch.as_tensor(validate(run.ema.module)).detach())
+        found = validate(run.ema.module)
+        loss = float(found.detach() if isinstance(found, Tensor) else found)
     old, step = run.progress, run.progress.step
     old = replace(old, validated_step=step, elapsed=old.elapsed + time.monotonic() - began)
     better = math.isfinite(loss) and (old.best_loss is None or loss < old.best_loss)
