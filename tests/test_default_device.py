@@ -12,7 +12,7 @@ from torch.utils._device import _device_constructors
 
 import cnf
 from cnf.calibration import simulation_based_calibration
-from cnf.data import ImageDensity, image_data, toy
+from cnf.data import TOY_NAMES, ImageDensity, image_data, toy
 from cnf.data.linear_gaussian import LinearGaussian
 from cnf.data.patches import image_patches
 from cnf.data.tabular import split_table
@@ -92,7 +92,7 @@ CALLS = {
     "LinearGaussian": lambda: LinearGaussian.random(2, 2).posterior_covariance,
     **{
         f"toy({name!r})": lambda name=name: toy(name).log_prob(X)
-        for name in ("8gaussians", "2spirals", "pinwheel", "checkerboard", "rings")
+        for name in TOY_NAMES
     },
     "fit": lambda: trained(cnf.MaximumLikelihood(FFJORD), X, batch_size=8),
     "fit with validate": lambda: trained(

@@ -281,6 +281,41 @@ def test_tables_that_are_refused(data, arguments, message):
         split_table(data, **arguments)
 
 
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e-30, 1e30, 1e200, 1e307])
+def test_columns_of_any_size_are_standardized(size):
+    data = rows()
+    expected, table = split_table(data), split_table(data * [1, size, 1])
+    np.testing.assert_allclose(table.train, expected.train, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table.std[1], size * expected.std[1], rtol=1e-9)
+    difference = expected.log_det_standardisation - table.log_det_standardisation
+    assert difference == pytest.approx(math.log(size), rel=1e-9)
+
+
+def test_columns_that_leave_the_range_are_refused():
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    data = rows() * [1, 1e-200, 1]
+    data[order[-1], 1] = 1e200  # a row of the test
+    with pytest.raises(ValueError, match=r"cannot be standardized in torch.float32: 1 \('x1'\)"):
+        split_table(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.eye(3).to_sparse(), r"data is a sparse tensor .*use data.to_dense\(\)"),
+        (torch.zeros(9, 2, device="meta"), "data is on the meta device, .* such as device='cpu'"),
+    ],
+)
+def test_tensors_without_values_are_refused(data, message):
+    with pytest.raises(TypeError, match=message):
+        split_table(data)
+
+
+def test_bfloat16_is_read():
+    data = torch.from_numpy(rows()).bfloat16()
+    assert torch.equal(split_table(data).train, split_table(data.double()).train)
+
+
 def test_integer_dtype_is_refused():
     with pytest.raises(TypeError, match=r"dtype must be a floating-point type, got torch\.int64"):
         split_table(rows(), dtype=torch.int64)
