@@ -62,7 +62,7 @@ def fit(
     before. Validation leaves it as it was.
 
     SIGINT or SIGTERM ends the run after its step with `last` saved; a second one raises
-    `KeyboardInterrupt` at once.
+    `KeyboardInterrupt` at once. A signal that is ignored when the run starts stays ignored.
 
     A `RuntimeWarning` says, once in a run, when the function evaluations of a step have grown
     fivefold: see `NFETrend`.

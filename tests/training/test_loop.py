@@ -298,7 +298,28 @@ def test_first_signal_ends_the_run_after_its_step(tmp_path: Path, number: signal
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, ignored: signal.Signals) -> None:
+    """As SIGINT is in a background job of a script; the other signal still ends the run."""
+    (other,) = {signal.SIGINT, signal.SIGTERM} - {ignored}
+
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 7:
+            signal.raise_signal(ignored)
+        if step == 9:
+            signal.raise_signal(other)
+        return loss
+
+    signal.signal(ignored, signal.SIG_IGN)
+    result = quick(Quadratic(interrupt), out=tmp_path)
+    assert (result.stopped, result.signal, result.step) == ("interrupted", other, 9)
+    assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 9
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def interrupt(step: int, loss: Tensor) -> Tensor:
         if step == 5:
             signal.raise_signal(signal.SIGINT)
@@ -308,7 +329,7 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quick(Quadratic(interrupt), out=tmp_path, validate_every=2)
     assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_in_another_thread() -> None:
