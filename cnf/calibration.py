@@ -118,7 +118,9 @@ class Calibration:
             ImportError: SciPy is not installed.
         """
         n = len(self.ranks)
-        low, high = self._quantiles(torch.tensor([1 / bins], dtype=torch.float64), confidence)
+        low, high = self._quantiles(
+            torch.tensor([1 / bins], dtype=torch.float64, device="cpu"), confidence
+        )
         return float(low) * n, float(high) * n
 
     def p_values(self) -> Tensor:
@@ -136,13 +138,13 @@ class Calibration:
             ImportError: SciPy is not installed.
         """
         stats = _require("scipy.stats", "the uniformity test")
-        uniform = torch.arange(1, self.draws + 1).double() / (self.draws + 1)
+        uniform = torch.arange(1, self.draws + 1, device="cpu").double() / (self.draws + 1)
         found = []
         for ranks in self._columns():
             below = ranks.bincount(minlength=self.draws + 1).cumsum(0)[:-1] / len(ranks)
             distance = float((below.double() - uniform).abs().max())
             found.append(float(stats.kstwo.sf(distance, len(ranks))))
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def _columns(self) -> Sequence[Tensor]:
         return [*self.ranks.cpu().unbind(-1), self.density_ranks.cpu()]
@@ -154,7 +156,7 @@ class Calibration:
             raise ValueError(f"confidence={confidence!r} must lie between 0 and 1, such as 0.95")
         n, tail = len(self.ranks), (1 - confidence) / 2
         p = levels.double().cpu().numpy()
-        low, high = (torch.as_tensor(stats.binom.ppf(q, n, p)) for q in (tail, 1 - tail))
+        low, high = (torch.from_numpy(stats.binom.ppf(q, n, p)) for q in (tail, 1 - tail))
         return low.clamp_min(0) / n, high / n
 
 
@@ -272,7 +274,7 @@ def c2st(a: Tensor, b: Tensor, *, seed: int = 1, folds: int = 5) -> float:
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     mean, std = a.mean(0), a.std(0)
     data = ((torch.cat((a, b)) - mean) / std).float().numpy()
-    labels = torch.cat((torch.zeros(len(a)), torch.ones(len(b)))).long().numpy()
+    labels = torch.cat((a.new_zeros(len(a)), b.new_ones(len(b)))).long().numpy()
     width = 10 * a.shape[1]
     network = networks.MLPClassifier((width, width), max_iter=10_000, random_state=seed)
     shuffled = selection.KFold(folds, shuffle=True, random_state=seed)

@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "check_bool",
     "check_choice",
     "check_count",
+    "check_dense",
     "check_number",
     "check_positive",
     "compiling",
@@ -81,3 +83,18 @@ def check_bool(name: str, value: bool) -> None:
     """Refuse what is not True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be True or False, got {type(value).__name__}")
+
+
+def check_dense(x: Tensor, name: str) -> None:
+    """Refuse a tensor that holds no values, one for each place.
+
+    Raises:
+        TypeError: a sparse tensor, or one on the meta device.
+    """
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} is a sparse tensor ({x.layout}); use {name}.to_dense()")
+    if x.is_meta:
+        raise TypeError(
+            f"{name} is on the meta device, where tensors have no values; make it on another, "
+            "such as device='cpu'"
+        )

@@ -201,7 +201,7 @@ def measure(name: str, flow: cnf.Flow, result: FitResult, problem: Problem) -> R
     if problem.density is not None:
         gap = -gap
     device = next(flow.parameters()).device
-    x = problem.test[torch.arange(TIMED) % len(problem.test)].to(device)
+    x = problem.test[torch.arange(TIMED, device="cpu") % len(problem.test)].to(device)
     return Row(
         name,
         log_prob.mean().item(),

@@ -246,7 +246,8 @@ def build(args: argparse.Namespace, data: ImageData) -> cnf.Flow:
     dequantize: cnf.Transform = cnf.UniformDequantization(data.levels)
     if args.dequantization == "variational":
         dequantize = cnf.VariationalDequantization(noise_flow(data.shape), data.levels)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(data.train), generator=generator, device="cpu")
     with torch.no_grad():
         logits = Compose(sigmoid, dequantize).inverse(data.train[order[:TYPICAL]])
         standardise.initialize(logits + SPREAD * torch.randn_like(logits))
@@ -360,8 +361,8 @@ def histogram(data: ImageData, test: Tensor) -> Row:
     P(x) = prod_i (n_i(x_i) + 1/2) / (N + L/2)
     """
     train = data.train.flatten(1)
-    pixels = torch.arange(train.shape[1])
-    counts = torch.zeros(train.shape[1] * data.levels, dtype=torch.long)
+    pixels = torch.arange(train.shape[1], device="cpu")
+    counts = pixels.new_zeros(train.shape[1] * data.levels)
     for part in train.split(2000):
         counts += (part + data.levels * pixels).flatten().bincount(minlength=len(counts))
     counts = counts.unflatten(0, (-1, data.levels)).T.double()  # (L, D)
@@ -376,11 +377,12 @@ def gaussian(data: ImageData, test: Tensor, seed: int) -> Row:
     generator = torch.Generator().manual_seed(seed)
 
     def dequantised(x: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu")
         return ((x + noise) / data.levels).flatten(1)
 
     size = math.prod(data.shape)
-    total, products = torch.zeros(size).double(), torch.zeros(size, size).double()
+    total = torch.zeros(size, dtype=torch.float64, device="cpu")
+    products = total.outer(total)
     for part in data.train.split(5000):
         y = dequantised(part) - 0.5
         total, products = total + y.sum(0), products.addmm_(y.T, y)
@@ -388,7 +390,7 @@ def gaussian(data: ImageData, test: Tensor, seed: int) -> Row:
     covariance = products / len(data.train) - mean.outer(mean)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:  # fewer images than pixels: as if the noise were drawn once more
-        ridge = torch.eye(size).double() / (12 * data.levels**2)
+        ridge = torch.eye(size, device="cpu").double() / (12 * data.levels**2)
         factor = torch.linalg.cholesky(covariance + ridge)
     normal = MultivariateNormal(mean, scale_tril=factor)
     log_prob = normal.log_prob(dequantised(test) - 0.5) - size * math.log(data.levels)

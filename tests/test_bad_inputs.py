@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cnf
+from cnf.training import fit
 
 SCRIPT = Path(__file__).with_name("bad_inputs_script.py")
 TABLE = runpy.run_path(str(SCRIPT))
@@ -259,3 +260,32 @@ def test_the_exact_trace_runs_in_three_thousand_dimensions(features) -> None:
         _, log_det = transform.forward_and_log_det(torch.ones(2, *size))
     truth = 0.1 * torch.arange(3072).remainder(7).sum().item()
     assert log_det.tolist() == pytest.approx([truth, truth], rel=1e-5)
+
+
+NO_VALUES = {
+    "sparse": (torch.eye(2).to_sparse(), r"is a sparse tensor .*\.to_dense\(\)"),
+    "meta": (torch.zeros(2, 2, device="meta"), "is on the meta device, .* device='cpu'"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_VALUES)
+def test_tensors_without_values_are_refused(kind) -> None:
+    x, message = NO_VALUES[kind]
+    good = torch.zeros(2, 2)
+    flow = cnf.RealNVP(2, layers=2, hidden=(4,), context=2)
+    calls = {
+        "log_prob": lambda: flow.log_prob(x, good),
+        "context": lambda: flow.log_prob(good, x),
+        "continuous": lambda: small().log_prob(x),
+        "fit": lambda: fit(cnf.MaximumLikelihood(small()), x, steps=1, batch_size=2),
+        "check": lambda: cnf.check(small(), x),
+        "odeint": lambda: cnf.odeint(lambda t, x: -x, x, 0.0, 1.0),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=message):
+            pytest.fail(f"{name}: {call()}")
+
+
+def test_a_flow_on_the_meta_device_says_how_to_fill_it() -> None:
+    with pytest.raises(ValueError, match=r"parameters are on the meta .*to_empty\(device='cpu'\)"):
+        small().to("meta").log_prob(torch.zeros(2, 2))

@@ -108,7 +108,9 @@ def gradient_mode(own: Subject, ref: Reference, mode: str) -> Finding:
         needed = any(part.solver.gradient == mode for part in own.cnfs)
         verdict = audit.failure if needed else f"ok (not available: {audit.failure})"
         return AuditRow(mode, "not available", verdict, not needed), {mode: audit}
-    error = torch.tensor([audit.error, audit.x_error]).max().item()  # NaN where one is
+    error = (
+        torch.tensor([audit.error, audit.x_error], device="cpu").max().item()
+    )  # NaN where one is
     text = f"{error:.1e}, {1e3 * audit.seconds:.0f} ms, {audit.memory / 2**20:.2f} MiB, "
     text += f"NFE {audit.nfe:.0f} + {audit.backward_nfe:.0f}"
     limit = max(1e-3, min(0.01, 100 * max(own.tolerances())))

@@ -62,8 +62,8 @@ class ImageDensity(PlaneDensity):
         height, width = weights.shape
         self.name = name
         self.weights = weights
-        self.columns = torch.linspace(-extent, extent, width, dtype=torch.float64)
-        self.rows = torch.linspace(extent, -extent, height, dtype=torch.float64)
+        self.columns = torch.linspace(-extent, extent, width, dtype=torch.float64, device="cpu")
+        self.rows = torch.linspace(extent, -extent, height, dtype=torch.float64, device="cpu")
         self.sd = (extent / width, extent / height)
 
     @classmethod
@@ -161,7 +161,7 @@ class ImageDensity(PlaneDensity):
         """
         spacing = 0.5
         reach = [
-            sd * spacing * torch.arange(-20, 4 * len(c) + 21, dtype=torch.float64)
+            sd * spacing * torch.arange(-20, 4 * len(c) + 21, dtype=torch.float64, device=c.device)
             + min(c[0], c[-1])
             for sd, c in zip(self.sd, (self.columns, self.rows), strict=True)
         ]

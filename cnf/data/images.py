@@ -144,7 +144,8 @@ def image_data(
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer, got {type(seed).__name__}")
         images = sklearn_digits()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator, device="cpu")
         test, train = images[order].split([DIGITS_TEST, len(images) - DIGITS_TEST])
         return hold_out(train, test, 200 if val is None else val, 17, name)
     if not isinstance(name, str) or not name[:1].isupper():

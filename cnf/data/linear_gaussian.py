@@ -75,13 +75,14 @@ class LinearGaussian(Simulator):
         check_count("features", features)
         check_count("context", context)
         generator = torch.Generator().manual_seed(seed)
-        matrix = torch.randn(context, features, generator=generator, dtype=torch.float64)
+        matrix = Source(generator, torch.float64, generator.device).normal(context, features)
         return cls(matrix / math.sqrt(features), noise)
 
     @cached_property
     def posterior_covariance(self) -> Tensor:
         """S (D, D), float64."""
-        precision = torch.eye(self.features).double() + self.matrix.T @ self.matrix / self.noise**2
+        precision = self.matrix.T @ self.matrix / self.noise**2
+        precision.diagonal().add_(1)
         return torch.linalg.inv(precision)
 
     @property

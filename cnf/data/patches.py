@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cnf.checks import check_count
+from cnf.data.density import Source
 
 __all__ = ["image_patches", "read_pictures", "remove_mean"]
 
@@ -91,16 +92,17 @@ def image_patches(
     if not grey:
         raise ValueError("pictures is empty; expected an array (H, W) at least")
     generator = generator or torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(grey), (n,), generator=generator)
-    places = torch.rand(n, 2, generator=generator, dtype=torch.float64)
-    patches = torch.empty(n, size, size)
+    source = Source(generator, torch.float64, torch.device("cpu"))
+    chosen = source.index(len(grey), n)
+    places = source.uniform(n, 2)
+    patches = torch.empty(n, size, size, device="cpu")
     for i, picture in enumerate(grey):
         windows = picture.unfold(0, size, 1).unfold(1, size, 1)  # (rows, columns, size, size)
         mine = (chosen == i).nonzero().flatten()
-        row, column = (places[mine] * torch.tensor(windows.shape[:2])).long().unbind(1)
+        row, column = (places[mine] * places.new_tensor(windows.shape[:2])).long().unbind(1)
         patches[mine] = windows[row, column].float()
     # In steps that float32 holds exactly behind 8 bits: nothing is rounded up to the next pixel.
-    noise = torch.randint(2**16, patches.shape, generator=generator) / 2**16
+    noise = torch.randint(2**16, patches.shape, generator=generator, device="cpu") / 2**16
     return (patches + noise) / 256
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import zipfile
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cnf.data.text import complaint, parse_text
+
 __all__ = ["read_table"]
 
 
@@ -19,9 +20,10 @@ def read_table(path: str | os.PathLike[str], *, key: str | None = None) -> NDArr
     r"""The table of numbers in a file, as float64.
 
     The suffix decides: .npy, .npz, and text for all others (.csv, .txt, .data, ...). Text is one
-    row a line, in UTF-8, with cells parted by semicolons, else commas, else white space; whichever
-    of these the first line shows. Blank lines and lines that begin with # are skipped; a first line
-    without any number is taken for the header. Pickled objects are never loaded.
+    row a line, in UTF-8, with cells parted by semicolons, else commas, bars, tabs or white space;
+    whichever of these the first line shows. Blank lines and lines that begin with # are skipped. A
+    first line of names is the header, with a name for each column. Pickled objects are never
+    loaded.
 
     Args:
         path: the file.
@@ -32,8 +34,8 @@ def read_table(path: str | os.PathLike[str], *, key: str | None = None) -> NDArr
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or empty, has rows of unequal length or cells that are no
-            numbers, or its array is not a real matrix; or if key does not fit.
+        ValueError: if the file is damaged or empty, has rows of unequal length or cells that are
+            empty or no numbers, or its array is not a real matrix; or if key does not fit.
 
     Example:
         >>> import pathlib, tempfile
@@ -62,9 +64,7 @@ def as_matrix(data: Any, name: str) -> NDArray[np.float64]:
     """
     data = np.asarray(data)
     if data.dtype.kind not in "fiub":
-        raise ValueError(
-            f"{name} has dtype {data.dtype}; expected real numbers: convert it with .astype(float)"
-        )
+        raise ValueError(f"{name} has dtype {data.dtype}; expected real numbers: {remedy(data)}")
     if data.ndim != 2:
         raise ValueError(
             f"{name} has shape {data.shape}; expected a matrix (N, D): "
@@ -75,6 +75,17 @@ def as_matrix(data: Any, name: str) -> NDArray[np.float64]:
             f"{name} is empty, of shape {data.shape}; expected at least one row and one column"
         )
     return np.asarray(data, dtype=np.float64)
+
+
+def remedy(data: NDArray[Any]) -> str:
+    """What to do with an array that is not of numbers: of its first cell that is none, if any."""
+    if data.dtype.kind in "OUS":
+        for place, cell in np.ndenumerate(data):
+            try:
+                float(cell)  # of what kind it is, only Python knows
+            except (TypeError, ValueError):
+                return f"at {list(place)} {complaint(str(cell) if cell is not None else None)}"
+    return "convert it with .astype(float)"
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -110,69 +121,3 @@ def load_array(path: Path, key: str | None) -> Any:
     raise ValueError(
         f"key must be one of {', '.join(map(repr, names))} for {str(path)!r}, got {key!r}"
     )
-
-
-def parse_text(path: Path) -> NDArray[np.float64]:
-    """Parse rows of numbers, (N, D)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"path {str(path)!r} is not text in UTF-8 ({error.reason} at byte {error.start}); "
-            "convert it"
-        ) from error
-    lines = [
-        (i, line)
-        for i, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
-    delimiter = next((mark for mark in ";," if lines and mark in lines[0][1]), None)
-    if lines and not any(is_number(cell) for cell in cells_of(lines[0][1], delimiter)):
-        del lines[0]  # the header
-    if not lines:
-        raise ValueError(f"path {str(path)!r} holds no rows of numbers; expected one row a line")
-    try:
-        return np.loadtxt(
-            [line for _, line in lines], delimiter=delimiter, comments=None, quotechar='"', ndmin=2
-        )
-    except ValueError:
-        return parse_cells(lines, delimiter, str(path))  # slower, but knows what is wrong and where
-
-
-def parse_cells(
-    lines: list[tuple[int, str]], delimiter: str | None, name: str
-) -> NDArray[np.float64]:
-    """Parse numbered lines cell by cell, (N, D)."""
-    rows: list[list[float]] = []
-    for number, line in lines:
-        cells = cells_of(line, delimiter)
-        for column, cell in enumerate(cells, 1):
-            if not is_number(cell):
-                seen = f"{cell!r} is not a number" if cell else "the cell is empty"
-                raise ValueError(
-                    f"{name}, line {number}, column {column}: {seen}; "
-                    "fill in or remove missing and text values"
-                )
-        if rows and len(cells) != len(rows[0]):
-            raise ValueError(
-                f"{name}, line {number}: {len(cells)} cells, "
-                f"but line {lines[0][0]} has {len(rows[0])}; "
-                "expected rows of equal length"
-            )
-        rows.append([float(cell) for cell in cells])
-    return np.array(rows, dtype=np.float64)
-
-
-def cells_of(line: str, delimiter: str | None) -> list[str]:
-    """Cut a line into cells, at a delimiter outside quotes, or at white space."""
-    cells = line.split() if delimiter is None else next(csv.reader([line], delimiter=delimiter))
-    return [cell.strip() for cell in cells]
-
-
-def is_number(cell: str) -> bool:
-    """Whether float() accepts the cell."""
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cnf.checks import check_dense
 from cnf.data.gaussian import gaussian_log_prob
 from cnf.data.read import as_matrix, check_finite, read_table
 
@@ -87,9 +88,9 @@ def split_table(
 
     Raises:
         ValueError: if data is not a real matrix, has NaN or infinity, has columns constant over the
-            training rows, or too few rows; if a fraction is outside [0, 1) or leaves no rows for
-            training; if names do not fit.
-        TypeError: if dtype is not a floating-point type.
+            training rows or out of range after standardization, or too few rows; if a fraction is
+            outside [0, 1) or leaves no rows for training; if names do not fit.
+        TypeError: if dtype is not a floating-point type, or data is a sparse or meta tensor.
 
     Example:
         >>> table = split_table(np.random.default_rng(0).normal(5, 2, (100, 3)))
@@ -98,13 +99,11 @@ def split_table(
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}; use torch.float32")
-    x = torch.from_numpy(
-        as_matrix(data.detach().cpu() if isinstance(data, Tensor) else data, "data")
-    )  # (N, D)
+    x = torch.from_numpy(as_matrix(as_array(data), "data"))  # (N, D)
     check_finite(x, "data")
     labels = column_names(names, x.shape[1])
     sizes = split_sizes(len(x), val, test)
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu")
     train = x[rows[: sizes[0]]]
     constant = train.amax(0) == train.amin(0)  # (D,)
     if constant.any() and (not drop_constant or constant.all()):
@@ -118,11 +117,39 @@ def split_table(
             f"data has constant columns among the training rows: {', '.join(found)}; {remedy}"
         )
     x, train = x[:, ~constant], train[:, ~constant]
-    mean, std = train.mean(0), train.std(0, correction=0)
-    z = ((x[rows] - mean) / std).to(dtype)
     kept = tuple(label for label, skip in zip(labels, constant.tolist(), strict=True) if not skip)
+    # Powers of two, by which all is exact, keep sums and squares of 1e308 or 1e-200 in range.
+    scale = torch.from_numpy(
+        np.ldexp(1.0, train.abs().amax(0).frexp().exponent.clamp(-900, 900).numpy())
+    )
+    x, train = x[rows] / scale, train / scale
+    mean, std = train.mean(0), train.std(0, correction=0)
+    z = ((x - mean) / std).to(dtype)
+    check_standardized(z, kept)
+    mean, std = scale * mean, scale * std
     first, second = sizes[0], sizes[0] + sizes[1]
     return Table(z[:first], z[first:second], z[second:], mean, std, kept)
+
+
+def as_array(data: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """A tensor as an array; what is none stays what it is."""
+    if not isinstance(data, Tensor):
+        return data
+    check_dense(data, "data")
+    x = data.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy()  # NumPy has no bfloat16
+
+
+def check_standardized(z: Tensor, names: Sequence[str]) -> None:
+    """Refuse rows z (N, D) that standardization took out of range."""
+    bad = (~z.isfinite()).any(0).nonzero().flatten().tolist()
+    if bad:
+        found = ", ".join(f"{i} ({names[i]!r})" for i in bad)
+        raise ValueError(
+            f"data has columns that cannot be standardized in {z.dtype}: {found}; their training "
+            "rows vary too little beside the other rows, or beside their own size: rescale these "
+            "columns, take their logarithm, or leave them out"
+        )
 
 
 def split_sizes(n: int, val: float, test: float) -> list[int]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cnf.checks import tracing
@@ -55,4 +54,4 @@ def record_terms() -> Iterator[dict[str, float]]:
     finally:
         _recorders.reset(token)
         for name, value in terms.items():
-            terms[name] = float(torch.as_tensor(value))
+            terms[name] = float(value)

@@ -108,7 +108,7 @@ class CompiledStepper:
         self.trainable = trainable
         self.eager = EagerStepper(f, method, tolerance)
         if tolerance is not None:
-            rtol, atol = (torch.full((), float(v)).to(x) for v in tolerance[:2])
+            rtol, atol = (x.new_full((), float(v)) for v in tolerance[:2])
             tolerance = tolerance._replace(rtol=rtol, atol=atol)
         self.tolerance = tolerance
         self.program = _program(f.f, (name, tolerance is None), _step, x)

@@ -190,14 +190,14 @@ class _Guard:
         self.forward_stats = f.stats
         self.done = False
         self.t = 0.0
-        self.x = torch.zeros(0)
+        self.x = x.new_zeros(0)
         self.slopes: list[Tensor] = []
 
     def finish(self) -> None:
         """Forward is over: what is evaluated from here on belongs to the backward solve."""
         self.forward_stats.status = "converged"
         self.done = True
-        self.x, self.slopes = torch.zeros(0), []
+        self.x, self.slopes = self.x.new_zeros(0), []
 
     def failure(self, status: str) -> SolverError:
         """The error to raise, from what was evaluated last."""

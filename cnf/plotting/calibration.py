@@ -46,7 +46,7 @@ def plot_calibration(
         top = 1.1 * max(high, counts.max().item())
         for ax, name, count in zip(row[1:], names, counts, strict=False):
             ax.axhspan(low, high, color="0.85", linewidth=0)
-            ax.bar(torch.arange(bins).numpy(), count.numpy(), width=1.0, alpha=0.8)
+            ax.bar(range(bins), count.numpy(), width=1.0, alpha=0.8)
             ax.set(xticks=[], title=name, ylim=(0, top))
         for ax in row[1 + len(counts) :]:
             ax.set_axis_off()
@@ -55,7 +55,7 @@ def plot_calibration(
 
 def _coverage(ax: Axes, calibration: Calibration, title: str, confidence: float) -> None:
     """Coverage against content, with the band of a right one."""
-    levels = torch.linspace(0, 1, 101, dtype=torch.float64)
+    levels = torch.linspace(0, 1, 101, dtype=torch.float64, device="cpu")
     low, high = calibration.band(levels, confidence=confidence)
     ax.fill_between(levels.numpy(), low.numpy(), high.numpy(), color="0.85", linewidth=0)
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=1)

@@ -41,7 +41,7 @@ def plot_energies(
 
     if not rows or not all(rows.values()):
         raise ValueError("rows must have one target at least, and each of them one density")
-    like = torch.zeros(()) if like is None else like
+    like = torch.zeros((), device="cpu") if like is None else like
     across = max(map(len, rows.values()))
     figure = Figure(figsize=(2.1 * across + 0.4, 2.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), across, squeeze=False)

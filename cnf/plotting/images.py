@@ -74,7 +74,7 @@ def _grid(images: Tensor, columns: int, levels: int) -> Tensor:
     count, _, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    grid = torch.full((3, rows * (height + 1) + 1, columns * (width + 1) + 1), 0.5)
+    grid = torch.full((3, rows * (height + 1) + 1, columns * (width + 1) + 1), 0.5, device="cpu")
     for i, image in enumerate(images.cpu() / (levels - 1)):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         grid[:, top : top + height, left : left + width] = image

@@ -38,6 +38,7 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
     average = AveragedModel(module, multi_avg_fn=_follow(decay))
+    average.n_averaged = torch.zeros((), dtype=torch.long, device="cpu")  # read in every step
     average.eval()
     return average
 

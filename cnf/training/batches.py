@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cnf.checks import check_dense
+
 __all__ = [
     "AugmentedBatches",
     "Batch",
@@ -77,7 +79,7 @@ class ShuffledRows:
         self.count = len(self.columns[0])
         self.batch_size = min(batch_size, self.count)
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(self.count, generator=self.generator)  # (N,)
+        self.order = self._shuffled()  # (N,)
         self.cursor = 0
 
     def next(self) -> Batch:
@@ -85,11 +87,14 @@ class ShuffledRows:
         index = self.order[self.cursor : self.cursor + self.batch_size]
         self.cursor += len(index)
         if lacking := self.batch_size - len(index):
-            self.order = torch.randperm(self.count, generator=self.generator)
+            self.order = self._shuffled()
             index = torch.cat([index, self.order[:lacking]])
             self.cursor = lacking
         parts = tuple(rows[index.to(rows.device)] for rows in self.columns)
         return parts[0] if self.single else parts
+
+    def _shuffled(self) -> Tensor:
+        return torch.randperm(self.count, generator=self.generator, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, the order of this epoch and the place in it."""
@@ -263,6 +268,7 @@ def _checked_columns(rows: Batch) -> tuple[Tensor, ...]:
 
 
 def _check_rows(rows: Tensor) -> None:
+    check_dense(rows, "train")
     if rows.dim() < 1 or rows.numel() == 0:
         raise ValueError(f"train must hold at least one row, got shape {tuple(rows.shape)}")
     bad = (~rows.isfinite()).reshape(len(rows), -1).any(dim=1)  # (N,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -95,6 +95,12 @@ class RunFolder:
             if sys.version_info >= (3, 11):
                 error.add_note(self._where())
             raise
+
+    def rescue(self, run: Run) -> str:
+        """Save what can be saved, and say where the last good checkpoint is."""
+        with suppress(CheckpointError, TrainingError):
+            self.save(run)
+        return self._where()
 
     def _where(self) -> str:
         if self._good is not None:

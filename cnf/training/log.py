@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from cnf.errors import CheckpointError
 from cnf.training.atomic import write_atomically
 from cnf.training.extras import require
 from cnf.training.step import StepReport
@@ -25,21 +27,41 @@ class Log:
     Args:
         path: The file, or None to write nothing.
         step: The step at which the run continues; 0 begins a new file.
+        rescue: Called when a line cannot be written; it returns what is added to the error.
+
+    Raises:
+        CheckpointError: The file cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, *, step: int) -> None:
+    def __init__(
+        self, path: Path | None, *, step: int, rescue: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._path = path
+        self._rescue = rescue
         self._file: IO[str] | None = None
         if path is not None:
-            kept = _lines_until(path, step) if step > 0 and path.exists() else []
-            write_atomically(path, "".join(kept).encode())
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                kept = _lines_until(path, step) if step > 0 and path.exists() else []
+                write_atomically(path, "".join(kept).encode())
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise self._error(error) from error
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add one line, at once."""
         if self._file is not None:
             finite = {name: value if _finite(value) else None for name, value in values.items()}
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise self._error(error, self._rescue()) from error
+
+    def _error(self, error: OSError, more: str = "") -> CheckpointError:
+        return CheckpointError(
+            f"cannot write the log {self._path}: {error.strerror or error}. Free space, or choose "
+            f"another folder. {more}".rstrip()
+        )
 
     def __enter__(self) -> Log:
         return self
@@ -51,7 +73,8 @@ class Log:
         at: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a line that could not be written is tried once more
+                self._file.close()
 
 
 def _finite(value: object) -> bool:

@@ -62,7 +62,7 @@ def fit(
     before. Validation leaves it as it was.
 
     SIGINT or SIGTERM ends the run after its step with `last` saved; a second one raises
-    `KeyboardInterrupt` at once.
+    `KeyboardInterrupt` at once. A signal that is ignored when the run starts stays ignored.
 
     A `RuntimeWarning` says, once in a run, when the function evaluations of a step have grown
     fivefold: see `NFETrend`.
@@ -81,7 +81,8 @@ def fit(
         augment: Changes every batch of samples, `(batch, generator) -> batch`, as does
             `cnf.data.random_horizontal_flip`. All its randomness must come from the generator,
             which is that of the batches, on the CPU.
-        optimizer: Adam with learning rate 1e-3 by default.
+        optimizer: Adam with learning rate 1e-3 by default. One that evaluates the loss several
+            times a step, such as LBFGS, is refused.
         scheduler: Stepped after every step.
         clip_grad_norm: Largest norm of the gradient.
         ema_decay: Decay of the moving average of the weights, see `moving_average`.
@@ -105,7 +106,8 @@ def fit(
     Raises:
         TrainingError: The loss, its gradient or the weights are not finite. The last good
             checkpoint stays.
-        CheckpointError: A checkpoint cannot be written, read, or belongs to another run.
+        CheckpointError: A checkpoint or the log cannot be written or read, or belongs to another
+            run.
         SolverError: A solve failed; from Python 3.11 on a note names the last good checkpoint.
 
     Example:
@@ -137,7 +139,7 @@ def fit(
     end = _End(steps, patience, max_time, time.monotonic())
     with (
         stop_on_signals() as caught,
-        Log(folder.log, step=run.progress.step) as log,
+        Log(folder.log, step=run.progress.step, rescue=lambda: folder.rescue(run)) as log,
         ProgressBar(show=progress, steps=steps, step=run.progress.step) as bar,
         folder.mentioned_in_errors(),
     ):
@@ -186,15 +188,16 @@ def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -
     began = time.monotonic()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
-        loss = float(torch.as_tensor(validate(run.ema.module)).detach())
+        found = validate(run.ema.module)
+        loss = float(found.detach() if isinstance(found, Tensor) else found)
     old, step = run.progress, run.progress.step
     old = replace(old, validated_step=step, elapsed=old.elapsed + time.monotonic() - began)
     better = math.isfinite(loss) and (old.best_loss is None or loss < old.best_loss)
+    log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed})
     if better:
         run.progress = replace(old, best_step=step, best_loss=loss, stale=0)
     else:
         run.progress = replace(old, stale=old.stale + 1)
-    log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed})
     bar.validated(loss)
     return better
 
@@ -205,6 +208,13 @@ def _parameters(objective: nn.Module, optimizer: Optimizer | None) -> list[nn.Pa
         raise TypeError(
             "optimizer must be an optimiser, such as torch.optim.Adam(objective.parameters()), got "
             f"{optimizer!r}"
+        )
+    if optimizer is not None and _needs_closure(optimizer):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}, which evaluates the loss several times a "
+            "step, by a closure; fit evaluates it once, with new data and noise each time: use an "
+            "optimizer such as torch.optim.Adam, or call optimizer.step(closure) in a loop of your "
+            "own, on all data and with divergence='exact'"
         )
     parameters = list(objective.parameters())
     if not parameters:
@@ -218,6 +228,11 @@ def _parameters(objective: nn.Module, optimizer: Optimizer | None) -> list[nn.Pa
     if optimizer and not any(id(p) in moved for p in parameters):
         raise ValueError("optimizer holds no parameter of objective: build it from this objective")
     return parameters
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def _check_counts(**counts: int) -> None:

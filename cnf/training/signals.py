@@ -26,7 +26,8 @@ class Caught:
 def stop_on_signals() -> Iterator[Caught]:
     """Catch SIGINT and SIGTERM: the first is written down, the second raises `KeyboardInterrupt`.
 
-    The former handlers are back when the block is left. Outside the main thread, where Python
+    A signal that is ignored, as SIGINT is in a background job of a script, stays ignored. The
+    former handlers are back when the block is left. Outside the main thread, where Python
     delivers no signals, nothing is caught.
 
     Example:
@@ -49,7 +50,10 @@ def stop_on_signals() -> Iterator[Caught]:
                 2, _NOTICE
             )  # print() must not be called from a handler: it may interrupt itself
 
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: old for number, old in former.items() if old is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, handle)
     try:
         yield caught
     finally:

@@ -115,7 +115,8 @@ def _order(ordering: str | Sequence[int], dims: int, generator: torch.Generator 
         check_choice("ordering", ordering, ["forward", "reverse", "random"], ", or indices")
         if ordering == "random":
             device = "cpu" if generator is None else generator.device
-            return torch.randperm(dims, generator=generator, device=device).cpu()
+            order = torch.randperm(dims, generator=generator, device=device).cpu()
+            return torch.as_tensor(order)  # on the default device, as parameters are
         order = torch.arange(dims)
         return order.flip(0) if ordering == "reverse" else order
     given = ordering.tolist() if isinstance(ordering, Tensor) else ordering

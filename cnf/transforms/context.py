@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cnf.checks import check_dense
+
 __all__ = ["check_context", "expand_context"]
 
 
@@ -13,7 +15,7 @@ def check_context(context: Tensor) -> None:
     """Refuse what is not a tensor (..., C).
 
     Raises:
-        TypeError: not a tensor.
+        TypeError: not a tensor, or a sparse or meta one.
         ValueError: a tensor without dimensions.
     """
     if not isinstance(context, Tensor):
@@ -21,6 +23,7 @@ def check_context(context: Tensor) -> None:
             f"context must be a tensor (*batch, C), got {type(context).__name__}; "
             "use torch.as_tensor(context)"
         )
+    check_dense(context, "context")
     if context.ndim == 0:
         raise ValueError("context must have the shape (..., C), got a tensor without dimensions")
 

@@ -272,7 +272,7 @@ class CNF(Transform):
         return solution.x, x.new_zeros(x.shape[0], 1) if found is None else found
 
     def gives_up(self, choices: Choices) -> bool:
-        """Whether samples that fail become NaN, so that a solve before this one may have left some."""
+        """Whether failing samples become NaN: a solve before this one may have left some."""
         solver = as_solver(choices.get("solver", self.solver))
         return isinstance(solver, Solver) and solver.on_failure == "nan"
 

@@ -146,6 +146,7 @@ class _Halves(nn.Module):
         self.register_buffer("order", order)  # saved: a random mask belongs to what was trained
         self.register_buffer("back", order.argsort())
         self._find_pieces()
+        self.order, self.back = torch.as_tensor(order), torch.as_tensor(self.back)
 
     def _find_pieces(self) -> None:
         """Whether both parts are in one piece each, where slices are enough."""
@@ -185,7 +186,7 @@ class _Pixels(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", torch.as_tensor(mask))
         self.shapes = tuple(mask.shape), tuple(mask.shape)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

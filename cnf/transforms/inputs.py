@@ -54,6 +54,11 @@ def check_like(x: Tensor, module: nn.Module) -> None:
     own = _first_tensor(module)
     if own is None:
         return
+    if own.is_meta:
+        raise ValueError(
+            "the parameters are on the meta device, where tensors have no values; use "
+            f"module.to_empty(device={str(x.device)!r}) and load_state_dict"
+        )
     if own.device != x.device:
         raise ValueError(
             f"x is on {x.device} but the parameters are on {own.device}; "

@@ -73,7 +73,8 @@ def _order(
         if permutation == "reverse":
             return torch.arange(n - 1, -1, -1)
         device = "cpu" if generator is None else generator.device
-        return torch.randperm(n, generator=generator, device=device).cpu()
+        order = torch.randperm(n, generator=generator, device=device).cpu()
+        return torch.as_tensor(order)  # on the default device, as parameters are
     if not isinstance(permutation, (Sequence, Tensor)):
         raise TypeError(
             f'permutation must be "reverse", "random" or a sequence of {n} indices, got '

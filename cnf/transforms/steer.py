@@ -45,6 +45,6 @@ def steered(
         (1.0, True)
     """
     check_steer(steer, times)
-    host = torch.zeros((), dtype=torch.float64)
+    host = torch.zeros((), dtype=torch.float64, device="cpu")
     shift = 2 * float(draw(torch.rand, (), like=host, generator=generator)) - 1
     return times[0], times[1] + steer * shift

@@ -59,7 +59,7 @@ def path_times(times: Iterable[float] | Tensor, start: float, end: float) -> lis
     if not isinstance(times, (Tensor, Iterable)):
         raise TypeError(f"times must be a sequence of numbers (T,), got {type(times).__name__}")
     if not isinstance(times, Tensor):
-        times = torch.tensor(list(times), dtype=torch.float64)
+        times = torch.tensor(list(times), dtype=torch.float64, device="cpu")
     values = times.detach()
     if values.ndim != 1:
         raise ValueError(

@@ -49,6 +49,13 @@ def rows(n: int = 100, d: int = 3, seed: int = 0) -> np.ndarray:
         "# made by hand\nheight weight\n1 2.5\n-3 4e3\n",
         "\ufeff1, 2.5\n-3, 4e3\n",
         "1,2.5\n-3,4_000\n",
+        "1|2.5\n-3|4e3\n",
+        "1,2.5,\n-3,4e3,\n",
+        "1\t2.5\t\n-3\t4e3\n",
+        "1 \t 2.5\n-3\t4e3",
+        "the height\tthe weight\r\n1\t2.5\r\n-3\t4e3\r\n",
+        '"the height" "weight"\n1 2.5\n"-3" "4e3"\n',
+        "\ufeff# a comment\n,weight\n1,2.5\n-3,4e3\n",
     ],
 )
 def test_reads_text(tmp_path, text):
@@ -92,11 +99,25 @@ def test_reads_arrays(tmp_path):
         ("\n \n# nothing\n", "holds no rows of numbers"),
         ("height,weight\n", "holds no rows of numbers"),
         ("1,2\n3,4,5\n", "line 2: 3 cells, but line 1 has 2; expected rows of equal length"),
-        ("a b\n\n1 2\n3\n", "line 4: 1 cells, but line 3 has 2"),
+        ("a b\n\n1 2\n3\n", "line 4: 1 cells, but line 1 has 2 names in the header"),
         ("1,2\n3,?\n", r"line 2, column 2: '\?' is not a number; fill in"),
         ("1,2\n3,\n", "line 2, column 2: the cell is empty"),
         ("1;2\n3,5;4\n", "line 2, column 1: '3,5' is not a number"),
-        ("1,red\n2,blue\n", "line 1, column 2: 'red' is not a number"),
+        ("1,red\n2,blue\n", "line 1, column 2: 'red' is not a number; encode text as numbers"),
+        ("m,color\n1,red\n", r"line 2, column 2 \('color'\): 'red' is not a number; encode text"),
+        ("1\t2,5\n", "is not a number"),
+        ("1\t2\n3\t4,5\n", "column 2: '4,5' is not a number; write decimals with a point"),
+        ("a\tb\tc\n1\t\t2\n\t3\t4\n5\t6\t\n", r"line 2, column 2 \('b'\): the cell is empty"),
+        ("a\tb\tc\n\t3\t4\n", r"line 2, column 1 \('a'\): the cell is empty"),
+        ("a\tb\tc\n5\t6\t\n", r"line 2, column 3 \('c'\): the cell is empty"),
+        ("1\t\t2\n\t3\t4\n", "line 1, column 2: the cell is empty"),
+        ("1||2\n|3|4\n", "line 1, column 2: the cell is empty"),
+        ("a;b;c\n1;;2\n", r"line 2, column 2 \('b'\): the cell is empty; fill in missing values"),
+        ("a,b,c\n1,2\n3,4\n", "line 2: 2 cells, but line 1 has 3 names in the header"),
+        ("a b c\n1 2\n3 4\n", "line 2: 2 cells, but line 1 has 3 names .*begin that line with #"),
+        ("a\tb\n1\t2\t3\n", "line 2: 3 cells, but line 1 has 2 names"),
+        ("1:2\n3\n4\n", "line 1, column 1: '1:2' is not a number"),
+        ("NA,NA\n1,2\n", "line 1, column 1: 'NA' is not a number; fill in"),
         (b"\xff\xfe\x00", "is not text in UTF-8"),
     ],
 )
@@ -112,7 +133,8 @@ def test_text_that_is_refused(tmp_path, text, message):
         (np.zeros((2, 2, 2)), r"has shape \(2, 2, 2\)"),
         (np.zeros((0, 2)), r"is empty, of shape \(0, 2\)"),
         (np.zeros((2, 2), complex), "has dtype complex128; expected real numbers"),
-        (np.array([["a", "b"]]), "has dtype <U1"),
+        (np.array([["1", "b"]]), r"has dtype <U1; .* at \[0, 1\] 'b' is not a number; encode text"),
+        (np.array([["1", "2"]]), r"has dtype <U1; .* convert it with .astype\(float\)"),
         (
             np.array([[1, "b"]], dtype=object),
             "cannot be read: .*pickled objects, which are refused",
@@ -233,7 +255,12 @@ def with_bad_rows(count: int) -> np.ndarray:
         (with_bad_rows(3), {}, "data has NaN or infinity in 3 of 50 rows: 0, 2, 4; remove"),
         (with_bad_rows(12), {}, "in 12 of 50 rows: 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, ...; remove"),
         (np.zeros(5), {}, r"data has shape \(5,\)"),
-        (np.array([[1, None]], dtype=object), {}, "data has dtype object"),
+        (
+            np.array([[1, None]], object),
+            {},
+            r"data has dtype object; .* at \[0, 1\] None .* fill in",
+        ),
+        (np.array([[1], ["red"]], object), {}, r"at \[1, 0\] 'red' is not a number; encode text"),
         (torch.zeros(3, 3, dtype=torch.complex64), {}, "data has dtype complex64"),
         (rows(), {"val": -0.1}, r"val must be a fraction in \[0, 1\), got -0.1"),
         (rows(), {"test": 1.0}, r"test must be a fraction in \[0, 1\), got 1.0"),
@@ -252,6 +279,41 @@ def with_bad_rows(count: int) -> np.ndarray:
 def test_tables_that_are_refused(data, arguments, message):
     with pytest.raises(ValueError, match=message):
         split_table(data, **arguments)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e-30, 1e30, 1e200, 1e307])
+def test_columns_of_any_size_are_standardized(size):
+    data = rows()
+    expected, table = split_table(data), split_table(data * [1, size, 1])
+    np.testing.assert_allclose(table.train, expected.train, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table.std[1], size * expected.std[1], rtol=1e-9)
+    difference = expected.log_det_standardisation - table.log_det_standardisation
+    assert difference == pytest.approx(math.log(size), rel=1e-9)
+
+
+def test_columns_that_leave_the_range_are_refused():
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    data = rows() * [1, 1e-200, 1]
+    data[order[-1], 1] = 1e200  # a row of the test
+    with pytest.raises(ValueError, match=r"cannot be standardized in torch.float32: 1 \('x1'\)"):
+        split_table(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.eye(3).to_sparse(), r"data is a sparse tensor .*use data.to_dense\(\)"),
+        (torch.zeros(9, 2, device="meta"), "data is on the meta device, .* such as device='cpu'"),
+    ],
+)
+def test_tensors_without_values_are_refused(data, message):
+    with pytest.raises(TypeError, match=message):
+        split_table(data)
+
+
+def test_bfloat16_is_read():
+    data = torch.from_numpy(rows()).bfloat16()
+    assert torch.equal(split_table(data).train, split_table(data.double()).train)
 
 
 def test_integer_dtype_is_refused():

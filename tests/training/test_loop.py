@@ -298,7 +298,28 @@ def test_first_signal_ends_the_run_after_its_step(tmp_path: Path, number: signal
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, ignored: signal.Signals) -> None:
+    """As SIGINT is in a background job of a script; the other signal still ends the run."""
+    (other,) = {signal.SIGINT, signal.SIGTERM} - {ignored}
+
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 7:
+            signal.raise_signal(ignored)
+        if step == 9:
+            signal.raise_signal(other)
+        return loss
+
+    signal.signal(ignored, signal.SIG_IGN)
+    result = quick(Quadratic(interrupt), out=tmp_path)
+    assert (result.stopped, result.signal, result.step) == ("interrupted", other, 9)
+    assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 9
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def interrupt(step: int, loss: Tensor) -> Tensor:
         if step == 5:
             signal.raise_signal(signal.SIGINT)
@@ -308,7 +329,47 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quick(Quadratic(interrupt), out=tmp_path, validate_every=2)
     assert load_checkpoint(tmp_path / "last.safetensors")["progress"]["step"] == 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("full", ["the log", "everything"])
+def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: Any, full: str) -> None:
+    """The error names the file, and the step that could not be written down is saved if it can."""
+    usual = Path.open
+
+    def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        is_full = mode == "a" or (full == "everything" and ".last.safetensors" in path.name)
+        return usual(Path("/dev/full") if is_full else path, mode[:1].replace("x", "w") + mode[1:])
+
+    monkeypatch.setattr(Path, "open", opened)
+    end = r"Last good checkpoint: .*last" if full == "the log" else "No checkpoint was saved"
+    message = rf"cannot write the log .*log.jsonl: No space left on device. Free space.*\. {end}"
+    with pytest.raises(CheckpointError, match=message):
+        quick(Quadratic(), out=tmp_path, log_every=7)
+    monkeypatch.undo()
+    if full == "the log":
+        assert quick(Quadratic(), out=tmp_path, resume=True, steps=7).step == 7
+    else:
+        assert quick(Quadratic(), out=tmp_path).step == 20
+
+
+def test_a_log_that_cannot_be_begun(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write the log .*log.jsonl: Is a directory"):
+        quick(Quadratic(), out=tmp_path)
+
+
+def test_optimizers_that_need_a_closure_are_refused() -> None:
+    objective = Quadratic()
+    optimizer = torch.optim.LBFGS(objective.parameters())
+    with pytest.raises(
+        TypeError, match=r"LBFGS, .*by a closure.*torch.optim.Adam.*step\(closure\)"
+    ):
+        quick(objective, optimizer=optimizer)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)  # which wraps the optimizer's step
+    with pytest.raises(TypeError, match="by a closure"):
+        quick(objective, optimizer=optimizer, scheduler=scheduler)
 
 
 def test_in_another_thread() -> None:
