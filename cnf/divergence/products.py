@@ -21,7 +21,7 @@ closed forms that `VectorField` describes, where the field has them."""
 Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
 """The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
 
-_UNROLLED = 8  # products that a compiled evaluation takes one by one; an exported one takes all so
+_UNROLLED = 8  # products that a compiled evaluation takes one by one
 
 
 def linearised(
@@ -64,17 +64,35 @@ def _linearised(
     x: Tensor,
     use: Callable[[Products, tuple[Tensor, ...]], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """f, and what is made of products with its Jacobian and of what else `evaluate` gives.
+    """f, and what is made of products with its Jacobian and of what else `evaluate` gives."""
+    if exporting():  # which follows no derivative: trace the plain operations that compute it
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            plain = make_fx(lambda x: _by_autograd(evaluate, x, use))(x)
+        found: tuple[Tensor, Tensor] = plain(x)
+        return found
+    if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
+        dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
+
+        def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
+            if len(vectors) > _UNROLLED:
+                rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
+                return rows
+            return [pullback(v)[0] for v in vectors.unbind()]
+
+        return dx, use(products, others)
+    return _by_autograd(evaluate, x, use)
+
+
+def _by_autograd(
+    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    x: Tensor,
+    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The same by `torch.autograd.grad`.
 
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
-    if exporting():  # which follows no derivative, but the plain operations that compute it
-        with disable_proxy_modes_tracing():
-            plain = make_fx(lambda x: _by_vjp(evaluate, x, use))(x)
-        return plain(x)
-    if torch.compiler.is_compiling():  # there torch.func differentiates, and autograd.grad cannot
-        return _by_vjp(evaluate, x, use)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
@@ -89,28 +107,11 @@ def _linearised(
     return (dx, found) if differentiable else (dx.detach(), found.detach())
 
 
-def _by_vjp(
-    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
-    x: Tensor,
-    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The same by torch.func."""
-    dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
-
-    def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
-        if len(vectors) > _UNROLLED and not exporting():  # which cannot follow vmap
-            rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
-            return rows
-        return [pullback(v)[0] for v in vectors.unbind()]
-
-    return dx, use(products, others)
-
-
 def _products(
     dx: Tensor, x: Tensor, vectors: Tensor, create_graph: bool
 ) -> Sequence[Tensor] | Tensor:
     """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> K of (B, *event)."""
-    if len(vectors) > 1 and x.numel() > 0:
+    if len(vectors) > 1 and not exporting() and x.numel() > 0:
         try:
             return _grad(dx, x, vectors, create_graph, batched=True)
         except torch.OutOfMemoryError:

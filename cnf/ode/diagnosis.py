@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from cnf.checks import exporting
 from cnf.ode.rhs import Function
 from cnf.ode.solver import Solver
 from cnf.ode.torchdiffeq import TorchDiffEq
 from cnf.warn import warn
 
-__all__ = ["check_exportable", "check_modules", "check_precision", "refuse_randomness"]
+__all__ = ["check_modules", "check_precision", "exportable", "refuse_randomness"]
 
 _TF32_RESOLUTION = 2.0**-10
 
@@ -100,14 +100,12 @@ def check_precision(solver: Solver | TorchDiffEq, x: Tensor) -> None:
         )
 
 
-def check_exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) -> None:
-    """Refuse a solve that torch.export cannot trace, where it does.
+def exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) -> Solver:
+    """The solver for torch.export: of what it computes alone, not of how.
 
     Raises:
         ValueError: steps or rows that depend on values, or times that are tensors.
     """
-    if not exporting():
-        return
     adaptive = isinstance(solver, TorchDiffEq) or solver.adaptive
     if adaptive or (solver.batch, solver.on_failure) != ("shared", "raise"):
         raise ValueError(
@@ -120,6 +118,7 @@ def check_exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tenso
             "torch.export needs times that are numbers, got tensors; export a copy of the CNF "
             "built with times=(float(t0), float(t1))"
         )
+    return dataclasses.replace(solver, compile=False, gradient="backprop")
 
 
 def _tf32() -> bool:
