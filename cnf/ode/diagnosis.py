@@ -106,8 +106,11 @@ def exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) ->
     Raises:
         ValueError: steps or rows that depend on values, or times that are tensors.
     """
-    adaptive = isinstance(solver, TorchDiffEq) or solver.adaptive
-    if adaptive or (solver.batch, solver.on_failure) != ("shared", "raise"):
+    if (
+        isinstance(solver, TorchDiffEq)
+        or solver.adaptive
+        or (solver.batch, solver.on_failure) != ("shared", "raise")
+    ):
         raise ValueError(
             "torch.export needs a solve whose steps depend on no values: use "
             "solver=cnf.Solver('rk4', steps=20), with batch='shared' and on_failure='raise'; "
