@@ -66,6 +66,16 @@ class Flow(nn.Module):
         >>> x = flow.sample((5,))
         >>> x.shape, flow.log_prob(x, divergence="exact").shape
         (torch.Size([5, 2]), torch.Size([5]))
+
+        A flow is exported as its `log_prob`, and its transform as samples x of base samples z, with
+        any batch size; also to ONNX, by `torch.onnx.export(..., dynamo=True)`. A `CNF` needs fixed
+        steps, `Solver("rk4", steps=20)`. Nothing is checked in a program but shapes and dtypes.
+
+        >>> flow, rows = cnf.RealNVP(2, hidden=(8,)), {0: torch.export.Dim("batch")}
+        >>> log_prob = torch.export.export(flow, (x,), dynamic_shapes=(rows,)).module()
+        >>> sample = torch.export.export(flow.transform, (x,), dynamic_shapes=(rows,)).module()
+        >>> log_prob(sample(flow.base.rsample((100,)))).shape
+        torch.Size([100])
     """
 
     check_modules: bool = True

@@ -197,8 +197,8 @@ class HutchPlusPlus(Estimator):
 
         def forms(products: Products) -> Tensor:
             def rows(vectors: Tensor) -> Tensor:  # v^T J: (B, K, D) -> (B, K, D)
-                batch = vectors.movedim(1, 0).reshape(-1, *x.shape)
-                return torch.stack([row.reshape(-1, dims) for row in products(batch)], 1)
+                batch = vectors.movedim(1, 0).reshape(vectors.shape[1], *x.shape)
+                return torch.stack([row.reshape(x.shape[0], dims) for row in products(batch)], 1)
 
             seen = rows(sketch)
             # A part of the sketch itself: any Q will do, but the derivative of QR needs full rank.

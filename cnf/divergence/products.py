@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ closed forms that `VectorField` describes, where the field has them."""
 Products = Callable[[Tensor], "Sequence[Tensor] | Tensor"]
 """The products v^T df/dx for each of the vectors v (K, B, *event): K of (B, *event)."""
 
-_UNROLLED = 8  # products that a compiled evaluation takes one by one; an exported one takes all so
+_UNROLLED = 8  # products that a compiled evaluation takes one by one
 
 
 def linearised(
@@ -64,14 +63,32 @@ def _linearised(
     x: Tensor,
     use: Callable[[Products, tuple[Tensor, ...]], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """f, and what is made of products with its Jacobian and of what else `evaluate` gives.
+    """f, and what is made of products with its Jacobian and of what else `evaluate` gives."""
+    if exporting():
+        return _in_plain_operations(lambda x: _by_autograd(evaluate, x, use), x)
+    if tracing():  # there torch.func differentiates, and autograd.grad cannot
+        dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
+
+        def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
+            if len(vectors) > _UNROLLED:
+                rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
+                return rows
+            return [pullback(v)[0] for v in vectors.unbind()]
+
+        return dx, use(products, others)
+    return _by_autograd(evaluate, x, use)
+
+
+def _by_autograd(
+    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    x: Tensor,
+    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The same by `torch.autograd.grad`.
 
     x enters as it is where it carries a gradient; else as a leaf of its own, so that f can be
     differentiated under `no_grad` too and the caller's tensor is left alone.
     """
-    if tracing():  # there torch.func differentiates, and autograd.grad cannot
-        by_vjp = partial(_by_vjp, evaluate, use=use)
-        return _in_plain_operations(by_vjp, x) if exporting() else by_vjp(x)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         own_leaf = not (differentiable and x.requires_grad)
@@ -86,30 +103,13 @@ def _linearised(
     return (dx, found) if differentiable else (dx.detach(), found.detach())
 
 
-def _by_vjp(
-    evaluate: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
-    x: Tensor,
-    use: Callable[[Products, tuple[Tensor, ...]], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The same by torch.func."""
-    dx, pullback, others = torch.func.vjp(evaluate, x, has_aux=True)  # type: ignore[misc]
-
-    def products(vectors: Tensor) -> Sequence[Tensor] | Tensor:
-        if len(vectors) > _UNROLLED and not exporting():  # which cannot follow vmap
-            rows: Tensor = torch.func.vmap(pullback)(vectors)[0]
-            return rows
-        return [pullback(v)[0] for v in vectors.unbind()]
-
-    return dx, use(products, others)
-
-
 def _in_plain_operations(
     function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """function(x) under torch.export, which follows no derivative but the operations behind it."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
-    with disable_proxy_modes_tracing():
+    with disable_proxy_modes_tracing(), torch.no_grad():
         operations = make_fx(function)(x)
     result: tuple[Tensor, Tensor] = operations(x)
     return result
@@ -120,7 +120,8 @@ def _products(
 ) -> Sequence[Tensor] | Tensor:
     """The vector-Jacobian products v^T df/dx for each v: (K, B, *event) -> K of (B, *event)."""
     # Anomaly detection looks for NaN in every gradient, which a batched one does not allow.
-    if len(vectors) > 1 and x.numel() > 0 and not torch.is_anomaly_enabled():
+    one_by_one = exporting() or torch.is_anomaly_enabled()
+    if len(vectors) > 1 and not one_by_one and x.numel() > 0:
         try:
             return _grad(dx, x, vectors, create_graph, batched=True)
         except torch.OutOfMemoryError:

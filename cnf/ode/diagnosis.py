@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from cnf.checks import exporting
 from cnf.ode.rhs import Function
 from cnf.ode.solver import Solver
 from cnf.ode.torchdiffeq import TorchDiffEq
@@ -16,9 +16,9 @@ from cnf.user_modules import drew, random_states, refuse_unfit
 from cnf.warn import warn
 
 __all__ = [
-    "check_exportable",
     "check_modules",
     "check_precision",
+    "exportable",
     "refuse_other_values",
     "refuse_randomness",
 ]
@@ -129,16 +129,17 @@ def check_precision(solver: Solver | TorchDiffEq, x: Tensor) -> None:
         )
 
 
-def check_exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) -> None:
-    """Refuse a solve that torch.export cannot trace, where it does.
+def exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tensor]) -> Solver:
+    """The solver for torch.export: of what it computes alone, not of how.
 
     Raises:
         ValueError: steps or rows that depend on values, or times that are tensors.
     """
-    if not exporting():
-        return
-    adaptive = isinstance(solver, TorchDiffEq) or solver.adaptive
-    if adaptive or (solver.batch, solver.on_failure) != ("shared", "raise"):
+    if (
+        isinstance(solver, TorchDiffEq)
+        or solver.adaptive
+        or (solver.batch, solver.on_failure) != ("shared", "raise")
+    ):
         raise ValueError(
             "torch.export needs a solve whose steps depend on no values: use "
             "solver=cnf.Solver('rk4', steps=20), with batch='shared' and on_failure='raise'; "
@@ -149,6 +150,7 @@ def check_exportable(solver: Solver | TorchDiffEq, times: Iterable[float | Tenso
             "torch.export needs times that are numbers, got tensors; export a copy of the CNF "
             "built with times=(float(t0), float(t1))"
         )
+    return dataclasses.replace(solver, compile=False, gradient="backprop")
 
 
 def _tf32() -> bool:

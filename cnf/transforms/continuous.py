@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cnf.checks import compiling
+from cnf.checks import compiling, exporting
 from cnf.divergence import Divergence, Estimator, as_divergence
 from cnf.errors import SolverError
 from cnf.fields.base import Field, context_use
 from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.attention import differentiable_attention
-from cnf.ode.diagnosis import check_exportable
+from cnf.ode.diagnosis import exportable
 from cnf.ode.inputs import check_finite, check_floating, clock_of
 from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform, check_choices
@@ -240,7 +240,8 @@ class CNF(Transform):
         """
         divergence = as_divergence(choices.get("divergence", self.divergence))
         solver = as_solver(choices.get("solver", self.solver))
-        check_exportable(solver, times)
+        if exporting():
+            solver = exportable(solver, times)
         generator = choices.get("generator")
         noise = divergence.sample_noise(x, generator) if log_det else None
         each = log_det and "variances" in choices and _in_probes(divergence, noise)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnf.checks import check_choice, check_count, tracing
+from cnf.checks import check_choice, check_count, exporting, tracing
 from cnf.transforms.permutation import Permutation
 
 __all__ = ["FullMatrix", "LUMatrix", "Matrix", "QRMatrix", "make_matrix"]
@@ -122,10 +122,8 @@ class LUMatrix(Matrix):
         """A^-1 v for each row v of (N, n)."""
         rows, _ = self.permutation.to_base(rows, None)
         lower, upper = self._lower(), _upper(self.factors)
-        rows = torch.linalg.solve_triangular(
-            lower.T, rows, upper=True, left=False, unitriangular=True
-        )
-        return torch.linalg.solve_triangular(upper.T, rows, upper=False, left=False)
+        rows = _solve_triangular(lower.T, rows, upper=True, unit=True)
+        return _solve_triangular(upper.T, rows, upper=False)
 
     def log_det(self) -> Tensor:
         """log |det A| ()."""
@@ -171,15 +169,15 @@ class QRMatrix(Matrix):
         """A v for each row v of (N, n)."""
         rows = F.linear(rows, _upper(self.factors))
         v, s = self._reflections()
-        inner = torch.linalg.solve_triangular(s.T, rows @ v, upper=False, left=False)
+        inner = _solve_triangular(s.T, rows @ v, upper=False)
         return rows - F.linear(inner, v)
 
     def solve(self, rows: Tensor) -> Tensor:
         """A^-1 v for each row v of (N, n)."""
         v, s = self._reflections()
-        inner = torch.linalg.solve_triangular(s, rows @ v, upper=True, left=False)
+        inner = _solve_triangular(s, rows @ v, upper=True)
         rows = rows - F.linear(inner, v)
-        return torch.linalg.solve_triangular(_upper(self.factors).T, rows, upper=False, left=False)
+        return _solve_triangular(_upper(self.factors).T, rows, upper=False)
 
     def log_det(self) -> Tensor:
         """log |det A| ()."""
@@ -218,6 +216,17 @@ def make_matrix(kind: str, size: int, generator: torch.Generator | None = None) 
 def _upper(factors: Tensor) -> Tensor:
     """The upper triangular factor, with a positive diagonal."""
     return factors.triu(1) + torch.diag(_positive_diagonal(factors))
+
+
+def _solve_triangular(t: Tensor, rows: Tensor, *, upper: bool, unit: bool = False) -> Tensor:
+    """X with X T = rows, for T (n, n) triangular, zero elsewhere, and rows (N, n)."""
+    if not (exporting() and torch.onnx.is_in_onnx_export()):
+        return torch.linalg.solve_triangular(t, rows, upper=upper, left=False, unitriangular=unit)
+    columns = {}  # ONNX has no such operation: by substitution
+    for j in range(len(t)) if upper else reversed(range(len(t))):
+        columns[j] = rows[:, j : j + 1] / t[j, j]
+        rows = rows - columns[j] * t[j]
+    return torch.cat([columns[j] for j in range(len(t))], 1)
 
 
 def _positive_diagonal(factors: Tensor) -> Tensor:
