@@ -15,13 +15,13 @@ from cnf.checks import check_bool, check_count
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
-from cnf.ode.inputs import check_finite, check_floating
+from cnf.ode.inputs import check_finite
 from cnf.ode.odeint import as_solver
 from cnf.regularizers import Regularizer
 from cnf.transforms.base import Choices, Transform, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
-from cnf.transforms.inputs import check_like
+from cnf.transforms.inputs import check_dtype, check_like
 from cnf.transforms.regularization import check_regularization
 
 __all__ = ["Flow"]
@@ -489,7 +489,13 @@ class Flow(nn.Module):
             check_context(context)
         self._check_values(None, context)
         batch = () if context is None else tuple(context.shape[:-1])
-        return self.base.rsample((*_sample_shape(shape), *batch), generator)
+        z = self.base.rsample((*_sample_shape(shape), *batch), generator)
+        if z.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"the flow's base draws {z.dtype}, but states and log-densities are never below "
+                "float32; use flow.float()"
+            )
+        return z
 
     def _of_samples(self, log_det: Tensor, x: Tensor) -> Tensor:
         """(*batch,), also where the transform tells that of every number of x."""
@@ -510,7 +516,7 @@ class Flow(nn.Module):
                 check_finite(x, x.ndim - len(self.event_shape))
             return
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers
-            check_floating(x)
+            check_dtype(x, self.transform)
             check_like(x, self.transform)
             check_finite(x, x.ndim - len(self.event_shape))
         if context is not None:
