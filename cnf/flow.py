@@ -448,9 +448,7 @@ class Flow(nn.Module):
         """`sample_and_log_prob`, differentiable in parameters and context (reparameterised)."""
         self._check_real("rsample_and_log_prob", "they have no gradient; use sample_and_log_prob")
         choices = _choices(divergence, solver, generator)
-        z = self._draw(shape, context, generator)
-        x, log_det = self.transform.forward_and_log_det(z, context, **choices)
-        return x, self.base.log_prob(z) - self._of_samples(log_det, x)
+        return self._carry(self._draw(shape, context, generator), context, choices)
 
     def distribution(
         self,
@@ -477,6 +475,11 @@ class Flow(nn.Module):
         if context is not None:
             check_context(context)
         return FlowDistribution(self, context, **_choices(divergence, solver, generator))
+
+    def _carry(self, z: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        """x (*batch, *event) of base samples z, and log p(x) (*batch,)."""
+        x, log_det = self.transform.forward_and_log_det(z, context, **choices)
+        return x, self.base.log_prob(z) - self._of_samples(log_det, x)
 
     def _draw(
         self,
