@@ -515,7 +515,8 @@ class Flow(nn.Module):
     def _check_values(self, x: Tensor | None, context: Tensor | None) -> None:
         """Refuse x and context that are not finite; a `CNF` checks the rest itself."""
         if isinstance(self.transform, CNF):
-            if x is not None:  # which a CNF lets pass where its solver gives up samples
+            # It lets NaN pass where its solver gives up samples.
+            if x is not None and not x.is_meta:
                 check_finite(x, x.ndim - len(self.event_shape))
             return
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers

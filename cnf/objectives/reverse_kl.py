@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnf.checks import check_choice, check_count, check_number, tracing
 from cnf.divergence import Divergence
-from cnf.flow import Flow
+from cnf.flow import Flow, _choices
 from cnf.functional import called_with, named_tensors
 from cnf.objectives.survivors import of_survivors
 from cnf.objectives.terms import log_terms
 from cnf.ode import Solver, TorchDiffEq
 from cnf.target import Target, check_target, log_density_of
-from cnf.transforms.base import over_samples
+from cnf.transforms.base import Choices, over_samples
 from cnf.warn import warn
 
 __all__ = ["ReverseKL"]
@@ -136,8 +135,7 @@ class ReverseKL(nn.Module):
                 f"a tensor of shape {tuple(context.shape)} for a flow without: call "
                 "it with nothing, fit(objective, None, ...)"
             )
-        choices = {"divergence": divergence, "solver": solver, "generator": generator}
-        choices = {name: choice for name, choice in choices.items() if choice is not None}
+        choices = _choices(divergence, solver, generator)
         carry = self._path if self.gradient == "path" else self.flow._carry
 
         def evaluate(z: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -154,12 +152,9 @@ class ReverseKL(nn.Module):
         log_terms(free_energy=energy - entropy, entropy=entropy)
         return beta * energy - entropy
 
-    def _path(
-        self, z: Tensor, context: Tensor | None, choices: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _path(self, z: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
         """Samples x (S, *batch, *event), and log q(x) (S, *batch) with the gradient of x alone."""
-        own = {name: choice for name, choice in choices.items() if name != "divergence"}
-        x = self.flow.transform.forward(z, context, **own)
+        x = self.flow.transform.forward(z, context, **choices)
         failed = over_samples(0 * x.detach(), x.ndim - len(self.flow.event_shape))
         if not tracing() and failed.isnan().any():
             return x, failed  # to be left out first: no density can be had of NaN
