@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, transforms
 
-from cnf.noise import draw
+from cnf.noise import Seeded, draw
 from cnf.support import is_bounded, log_density, support_of
 from cnf.transforms.inputs import check_shape
 
@@ -141,8 +141,8 @@ class DistributionBase(Base):
     def distribution(self) -> Distribution:
         """The distribution, with the buffers as they are now."""
         for owner, names in self._names:
-            for key in _tensors(owner):
-                del vars(owner)[key]  # what it has cached may be of another device
+            for key in _tensors(owner).keys() - names:
+                vars(owner).pop(key, None)  # what it has cached may be of another device
             vars(owner).update({key: getattr(self, name) for key, name in names.items()})
         return self._distribution
 
@@ -171,22 +171,20 @@ class DistributionBase(Base):
         return log_density(self.distribution, z, rounding)
 
     def rsample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-        """Samples (*shape, *event); torch distributions draw from the global generator, which is
-        seeded from `generator` for the draw and put back after it.
-        """
+        """Samples (*shape, *event), by a generator seeded from `generator` on the own device."""
         distribution = self.distribution
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
-        if generator is None:
+        device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+        if generator is None or device.type == "meta":
             return draw(shape)
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(seed))
+        with Seeded(torch.Generator(device).manual_seed(int(seed))):
             return draw(shape)
 
 
 def _tensors(owner: object) -> dict[str, Tensor]:
     """The tensors that an object holds itself."""
-    return {key: value for key, value in vars(owner).items() if isinstance(value, Tensor)}
+    return {key: value for key, value in list(vars(owner).items()) if isinstance(value, Tensor)}
 
 
 def _owners(distribution: Distribution) -> list[tuple[str, object]]:

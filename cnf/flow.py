@@ -15,14 +15,14 @@ from cnf.checks import check_bool, check_count, tracing
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
-from cnf.ode.inputs import check_finite, check_floating
+from cnf.ode.inputs import check_finite
 from cnf.ode.odeint import as_solver
 from cnf.regularizers import Regularizer
 from cnf.transforms.base import Choices, Transform, over_samples
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.continuous import CNF
 from cnf.transforms.discrete import DiscreteTransform
-from cnf.transforms.inputs import check_like
+from cnf.transforms.inputs import check_dtype, check_like
 from cnf.transforms.regularization import check_regularization
 from cnf.user_modules import has_suspects, refuse_unfit
 
@@ -491,9 +491,7 @@ class Flow(nn.Module):
         """`sample_and_log_prob`, differentiable in parameters and context (reparameterised)."""
         self._check_real("rsample_and_log_prob", "they have no gradient; use sample_and_log_prob")
         choices = _choices(divergence, solver, generator)
-        z = self._draw(shape, context, generator)
-        x, log_det = self.transform.forward_and_log_det(z, context, **choices)
-        return x, self.base.log_prob(z) - self._of_samples(log_det, x)
+        return self._carry(self._draw(shape, context, generator), context, choices)
 
     def distribution(
         self,
@@ -521,6 +519,11 @@ class Flow(nn.Module):
             check_context(context)
         return FlowDistribution(self, context, **_choices(divergence, solver, generator))
 
+    def _carry(self, z: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        """x (*batch, *event) of base samples z, and log p(x) (*batch,)."""
+        x, log_det = self.transform.forward_and_log_det(z, context, **choices)
+        return x, self.base.log_prob(z) - self._of_samples(log_det, x)
+
     def _draw(
         self,
         shape: tuple[int, ...] | int,
@@ -533,7 +536,13 @@ class Flow(nn.Module):
         self._check_modules()
         self._check_values(None, context, {})
         batch = () if context is None else tuple(context.shape[:-1])
-        return self.base.rsample((*_sample_shape(shape), *batch), generator)
+        z = self.base.rsample((*_sample_shape(shape), *batch), generator)
+        if z.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"the flow's base draws {z.dtype}, but states and log-densities are never below "
+                "float32; use flow.float()"
+            )
+        return z
 
     def _of_samples(self, log_det: Tensor, x: Tensor) -> Tensor:
         """(*batch,), also where the transform tells that of every number of x."""
@@ -564,12 +573,12 @@ class Flow(nn.Module):
         any; where values cannot be looked at, whether there are.
         """
         if isinstance(self.transform, CNF):
-            if x is not None and self.transform.gives_up(choices):
+            if x is not None and not x.is_meta and self.transform.gives_up(choices):
                 check_finite(x, x.ndim - len(self.event_shape))
             return None
         far = None
         if x is not None and not self.transform.quantized:  # a dequantization checks its integers
-            check_floating(x)
+            check_dtype(x, self.transform)
             check_like(x, self.transform)
             far = _far(x, x.ndim - len(self.event_shape))
         if context is not None:

@@ -1,4 +1,4 @@
-"""Draws of noise like a tensor, from a generator of whatever device or from torch's own."""
+"""Draws of noise from a generator of whatever device, also by code that takes none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["draw"]
+__all__ = ["Seeded", "draw"]
 
 
 def draw(
@@ -48,3 +49,44 @@ def _drawn(
         return sampler(*args, dtype=like.dtype, device=like.device)
     drawn = sampler(*args, dtype=like.dtype, device=generator.device, generator=generator)
     return drawn.to(like.device)
+
+
+class Seeded(TorchDispatchMode):
+    """A block in which random operations of this thread draw from a generator, whoever calls them.
+
+    Code that takes no generator, such as torch's distributions, is seeded without a touch of the
+    global generator, and so in any thread.
+
+    Args:
+        generator: of the device of the draws.
+
+    Example:
+        >>> with Seeded(torch.Generator().manual_seed(0)):
+        ...     x = torch.distributions.Gamma(1.0, 1.0).sample()
+        >>> with Seeded(torch.Generator().manual_seed(0)):
+        ...     torch.equal(x, torch.distributions.Gamma(1.0, 1.0).sample())
+        True
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The operation; a random one with the generator."""
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            if not _takes_generator(func) and func._overloadname == "default":
+                func = getattr(func.overloadpacket, "generator", func)
+            if not _takes_generator(func):
+                raise NotImplementedError(
+                    f"{func} draws random numbers and takes no generator; sample without generator="
+                )
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
+
+
+def _takes_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)

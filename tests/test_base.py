@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 
 import pytest
 import torch
+from scipy import stats
 from torch.distributions import (
     AffineTransform,
     Categorical,
     Dirichlet,
     Distribution,
+    Gamma,
     Independent,
     Laplace,
     LowRankMultivariateNormal,
@@ -94,6 +97,31 @@ def test_a_generator_fixes_the_draw_and_leaves_the_global_one_alone(name: str) -
     assert not torch.equal(base.rsample((4,), generator), base.rsample((4,), generator))
 
 
+@each_distribution
+def test_draws_in_threads_are_those_of_their_generators(distribution: Distribution) -> None:
+    """Also while others draw from the global generator, which is left alone."""
+    base, seeds, rounds = as_base(distribution), range(4), 20
+    alone = [base.rsample((4,), seeded(seed)) for seed in seeds]
+    same: dict[int, bool] = {}
+
+    def work(seed: int) -> None:
+        same[seed] = True
+        for _ in range(rounds):
+            torch.rand(3)
+            same[seed] &= torch.equal(base.rsample((4,), seeded(seed)), alone[seed])
+
+    torch.manual_seed(5)
+    expected = [torch.rand(3) for _ in range(rounds * len(seeds) + 1)][-1]
+    torch.manual_seed(5)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == dict.fromkeys(seeds, True)
+    assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("name", ["standard-normal", *DISTRIBUTIONS])
 def test_without_a_generator_the_global_one_is_used(name: str) -> None:
     base = cnf.StandardNormal(2) if name == "standard-normal" else as_base(DISTRIBUTIONS[name])
@@ -159,6 +187,18 @@ def test_the_gradient_flows_through_the_draw() -> None:
     base = DistributionBase(Independent(Normal(loc, 1.0), 1))
     base.rsample((5,), seeded()).sum().backward()
     assert torch.equal(loc.grad, torch.full((2,), 5.0))
+
+
+def test_the_implicit_gradient_of_a_seeded_draw() -> None:
+    """z = z(u; a) of a gamma density: dz/da = -(dF/da) / p, here by differences of SciPy's F."""
+    a = torch.tensor([1.5, 3.0], dtype=torch.float64, requires_grad=True)
+    base = DistributionBase(Independent(Gamma(a, torch.ones(2, dtype=torch.float64)), 1))
+    z = base.rsample((), seeded())
+    z.sum().backward()
+    value, shape, h = z.detach().numpy(), a.detach().numpy(), 1e-5
+    slope = (stats.gamma.cdf(value, shape + h) - stats.gamma.cdf(value, shape - h)) / (2 * h)
+    truth = torch.as_tensor(-slope / stats.gamma.pdf(value, shape))
+    torch.testing.assert_close(a.grad, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_repr_names_the_distribution() -> None:

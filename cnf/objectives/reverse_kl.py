@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnf.checks import check_choice, check_count, check_number, tracing
 from cnf.divergence import Divergence
-from cnf.flow import Flow
+from cnf.flow import Flow, _choices
 from cnf.functional import called_with, named_tensors
+from cnf.objectives.survivors import of_survivors
 from cnf.objectives.terms import log_terms
 from cnf.ode import Solver, TorchDiffEq
 from cnf.target import Target, check_target, log_density_of
+from cnf.transforms.base import Choices, over_samples
 from cnf.warn import warn
 
 __all__ = ["ReverseKL"]
@@ -44,6 +45,9 @@ class ReverseKL(nn.Module):
     The term left out is the flow's own: parameters of `log_density` get the same gradient in both.
     Those that require one are trained with the flow, as in an evidence lower bound; freeze them
     with `requires_grad_(False)` where the target is given.
+
+    Where a solver has on_failure="nan", the mean is over the samples whose solves end, and the
+    number of the others is logged as failed_samples.
 
     Hutchinson's estimate of a divergence leaves mean and gradient unbiased, here where log q enters
     linearly; in importance weights it does not, see `importance_sampling`.
@@ -131,26 +135,29 @@ class ReverseKL(nn.Module):
                 f"a tensor of shape {tuple(context.shape)} for a flow without: call "
                 "it with nothing, fit(objective, None, ...)"
             )
-        choices = {"divergence": divergence, "solver": solver, "generator": generator}
-        draw = self._path if self.gradient == "path" else self._reparameterised
-        x, log_q = draw(context, choices)
-        log_p = log_density_of(self.log_density, x, context, self.flow.event_shape)
+        choices = _choices(divergence, solver, generator)
+        carry = self._path if self.gradient == "path" else self.flow._carry
+
+        def evaluate(z: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+            x, log_q = carry(z, context, choices)
+            return (log_q, x) if context is None else (log_q, x, context)
+
+        z = self.flow._draw((self.samples,), context, generator)
+        log_q, x, *rows = of_survivors(evaluate, self.flow, z, context, solver)
+        own = rows[0] if rows else None
+        log_p = log_density_of(self.log_density, x, own, self.flow.event_shape)
         _check_finite(log_p)
         _warn_of_no_gradient(log_p, x)
         entropy, energy = -log_q.mean(), -log_p.mean()
         log_terms(free_energy=energy - entropy, entropy=entropy)
         return beta * energy - entropy
 
-    def _reparameterised(
-        self, context: Tensor | None, choices: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Samples x (S, *batch, *event), and log q(x) (S, *batch) with its whole gradient."""
-        return self.flow.rsample_and_log_prob((self.samples,), context, **choices)
-
-    def _path(self, context: Tensor | None, choices: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The same, but for log q, which has the gradient of its x alone."""
-        own = {k: choices[k] for k in ("solver", "generator")}
-        x = self.flow.rsample((self.samples,), context, **own)
+    def _path(self, z: Tensor, context: Tensor | None, choices: Choices) -> tuple[Tensor, Tensor]:
+        """Samples x (S, *batch, *event), and log q(x) (S, *batch) with the gradient of x alone."""
+        x = self.flow.transform.forward(z, context, **choices)
+        failed = over_samples(0 * x.detach(), x.ndim - len(self.flow.event_shape))
+        if not tracing() and failed.isnan().any():
+            return x, failed  # to be left out first: no density can be had of NaN
         fixed = {name: p.detach() for name, p in named_tensors(self.flow, buffers=False).items()}
         given = None if context is None else context.detach()
         return x, called_with(self.flow, fixed, (x, given), choices)

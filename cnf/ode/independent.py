@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError
+from cnf.functional import plain
 from cnf.ode.control import MAX_REJECTIONS, Tolerance, first_step
 from cnf.ode.failure import Failure, largest
 from cnf.ode.rhs import Derivative
@@ -289,7 +290,7 @@ class _IndependentSolve:
     def _gathered(self, x: Tensor) -> Integral:
         """The ends in the order of the samples, NaN where one failed."""
         f = self.stepper.f
-        accepted, rejected = torch.stack(self.steps).sum(0).tolist()
+        accepted, rejected = plain(torch.stack(self.steps).sum(0)).tolist()
         f.stats.accepted, f.stats.rejected = accepted, rejected
         if not self.done:
             return Integral(torch.full_like(x, torch.nan), None)

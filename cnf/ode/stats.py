@@ -53,7 +53,11 @@ def record_solves() -> Iterator[list[SolveStats]]:
     """Collect the statistics of every solve in the block, in order.
 
     Work in a backward pass is collected by the block in which the forward solve ran, because
-    autograd may run it in another thread.
+    autograd may run it in another thread. Solves that other threads begin belong to no block but
+    their own; to collect them here, run them in a copy of this context:
+
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(work,))
 
     Example:
         >>> import cnf, torch

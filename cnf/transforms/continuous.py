@@ -19,12 +19,12 @@ from cnf.fields.closed_form import offers
 from cnf.ode import Solver, SolveStats, TorchDiffEq, record_solves
 from cnf.ode.attention import differentiable_attention
 from cnf.ode.diagnosis import exportable
-from cnf.ode.inputs import check_finite, check_floating, clock_of
+from cnf.ode.inputs import check_finite, clock_of
 from cnf.ode.odeint import as_solver, solve
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.dynamics import Dynamics, normal
-from cnf.transforms.inputs import check_context_like, check_like
+from cnf.transforms.inputs import check_context_like, check_dtype, check_like
 from cnf.transforms.steer import steered
 from cnf.transforms.times import Time, as_number, check_end_times, path_times
 
@@ -298,7 +298,7 @@ class CNF(Transform):
         return rows.clone()  # the caller may reuse its memory before backward, or the field write
 
     def _check_state(self, x: Tensor, *, finite: bool = True) -> None:
-        check_floating(x)
+        check_dtype(x, self.field if isinstance(self.field, nn.Module) else self)
         if x.ndim < self.event_dims:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected (*batch, *event) with {self.event_dims} "

@@ -127,7 +127,7 @@ class DiscreteTransform(Transform):
         self, formula: Formula, x: Tensor, context: Tensor | None, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """A formula of one batch dimension, on x of any."""
-        check_event(x, shape)
+        check_event(x, shape, self)
         check_like(x, self)
         batch = x.shape[: x.ndim - len(shape)]
         context = self._expanded(context, batch, x)

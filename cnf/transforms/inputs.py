@@ -4,22 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cnf.ode.inputs import check_floating
 
-__all__ = ["check_context_like", "check_event", "check_like", "check_shape", "check_vector"]
+__all__ = [
+    "check_context_like",
+    "check_dtype",
+    "check_event",
+    "check_like",
+    "check_shape",
+    "check_vector",
+]
+
+_FLOATS = (torch.float32, torch.float64)
 
 
-def check_event(x: Tensor, event_shape: Sequence[int]) -> None:
+def check_event(x: Tensor, event_shape: Sequence[int], module: nn.Module) -> None:
     """Refuse what is not a float tensor (*batch, *event).
 
     Raises:
         TypeError: not a tensor, or of another dtype than float32 and float64.
         ValueError: of another shape.
     """
-    check_floating(x)
+    check_dtype(x, module)
     check_shape(x, event_shape)
+
+
+def check_dtype(x: Tensor, module: nn.Module) -> None:
+    """Refuse what is not a float32 or float64 tensor, naming the dtype that the module needs.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+    """
+    if isinstance(x, Tensor) and x.dtype not in _FLOATS:
+        own = _first_tensor(module)
+        if own is not None and own.is_floating_point():
+            _check_not_low(x, own)
+            remedy = "x.float()" if own.dtype == torch.float32 else "x.double()"
+            raise TypeError(
+                f"x must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; use "
+                f"{remedy}, as the parameters are {own.dtype}"
+            )
+    check_floating(x)
+
+
+def _check_not_low(x: Tensor, own: Tensor) -> None:
+    """Refuse parameters of half precision."""
+    if own.dtype not in _FLOATS:
+        also = "" if x.dtype in _FLOATS else " and x.float()"
+        raise TypeError(
+            f"the parameters are {own.dtype}, but states and log-densities are never below "
+            f"float32; use flow.float(){also}"
+        )
 
 
 def check_shape(x: Tensor, event_shape: Sequence[int], name: str = "x") -> None:
@@ -65,6 +103,7 @@ def check_like(x: Tensor, module: nn.Module) -> None:
             f"use x.to({str(own.device)!r}) or module.to({str(x.device)!r})"
         )
     if own.is_floating_point() and own.dtype != x.dtype:
+        _check_not_low(x, own)
         raise TypeError(
             f"x is {x.dtype} but the parameters are {own.dtype}; use "
             f"x.to({own.dtype}) or module.to({x.dtype})"

@@ -274,7 +274,7 @@ class Diagonal(DiscreteTransform):
             ValueError: x of a wrong shape, fewer than two samples, or values that are constant or
                 not finite.
         """
-        check_event(x, self.event_shape)
+        check_event(x, self.event_shape, self)
         check_like(x, self)
         x = x.reshape(-1, *self.event_shape)
         std, mean = torch.std_mean(x, 0, correction=0) if len(x) else (x.sum(0), x.sum(0))

@@ -202,7 +202,7 @@ class Split(Transform):
 
     def _halves(self, x: Tensor, choices: Choices) -> tuple[Tensor, ...]:
         check_choices(choices)
-        check_event(x, self.event_shape)
+        check_event(x, self.event_shape, self)
         return x.split(self.sizes, -len(self.event_shape))
 
     def _joined(self, a: Tensor, b: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class Multiscale(Transform):
 
     def _check(self, x: Tensor, choices: Choices) -> None:
         check_choices(choices)
-        check_event(x, self.event_shape)
+        check_event(x, self.event_shape, self)
 
 
 def _nested(stages: Sequence[Transform]) -> Transform:

@@ -105,7 +105,7 @@ class ActNorm(_ChannelTransform):
             TypeError: x of another dtype.
             ValueError: x by which they cannot be set.
         """
-        check_event(x, self.event_shape)
+        check_event(x, self.event_shape, self)
         check_like(x, self)
         self._initialize(x.reshape(-1, *self.event_shape))
 

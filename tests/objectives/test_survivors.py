@@ -68,7 +68,7 @@ def problem(kind: str, solver: cnf.Solver) -> tuple[cnf.Flow, Tensor]:
 
 
 def gradients(loss: Tensor, flow: cnf.Flow) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(flow.parameters())))
+    return list(torch.autograd.grad(loss, list(flow.parameters()), materialize_grads=True))
 
 
 def steady(solver: cnf.Solver) -> cnf.Solver:
@@ -87,6 +87,35 @@ def test_loss_and_gradient_are_those_of_the_other_samples(solver, kind) -> None:
     rest = None if context is None else context[GOOD]
     truth = objective(x[GOOD], rest, solver=steady(solver))
     assert terms["failed_samples"] == 3
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(gradients(loss, flow), gradients(truth, flow))
+
+
+@pytest.mark.parametrize("gradient", ["reparameterised", "path"])
+@pytest.mark.parametrize("context", [None, torch.randn(3, 2).double()], ids=["none", "context"])
+def test_reverse_kl_is_over_the_samples_whose_solves_end(gradient, context) -> None:
+    """A base of given samples: with and without those that fail."""
+    flow, _ = problem("alone" if context is not None else "layers", SOLVERS["rk4"])
+    if context is None:
+        flow.transform = Compose(*list(flow.transform)[::-1])  # the layers come behind the solve
+    batch = (7,) if context is None else (7, 3)
+    z = torch.randn(*batch, 2, dtype=torch.float64)
+    bad = torch.rand(batch) < 0.3
+    bad.flatten()[0] = True
+    z[bad] = 100.0
+
+    def log_density(x: Tensor, c: Tensor | None = None) -> Tensor:
+        assert x.isfinite().all()
+        return -(x if c is None else x - c).square().sum(-1)
+
+    objective = cnf.ReverseKL(flow, log_density, samples=7, gradient=gradient)
+    flow.base.rsample = lambda shape, generator=None: z
+    with record_terms() as terms:
+        loss = objective(context)
+    assert terms["failed_samples"] == bad.sum()
+    flow.base.rsample = lambda shape, generator=None: z[~bad]
+    rows = None if context is None else context.expand(7, 3, 2)[~bad]
+    truth = objective(rows, solver=steady(SOLVERS["rk4"]))
     torch.testing.assert_close(loss, truth)
     torch.testing.assert_close(gradients(loss, flow), gradients(truth, flow))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import threading
 
@@ -125,6 +126,20 @@ def test_threads_keep_their_records_apart():
             thread.join()
     assert records == {2: [2] * 20, 5: [5] * 20}
     assert outer == []  # another thread's solves are not this block's
+
+
+def test_a_copy_of_the_context_carries_the_record_into_threads():
+    with record_solves() as solves:
+        works = [(contextvars.copy_context(), steps) for steps in (2, 5)]
+        threads = [
+            threading.Thread(target=context.run, args=(solve, Solver("rk4", steps=steps)))
+            for context, steps in works
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(s.accepted for s in solves) == [2, 5]
 
 
 def test_statistics_are_plain_values():
