@@ -35,6 +35,7 @@ from cnf.transforms import Coupling, Diagonal, Interval, Multiscale, Permutation
 
 INF = math.inf
 ONES = torch.ones(2)
+CORNERS = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
 
 
 def drawn(transform: cnf.Transform, std: float = 0.5) -> cnf.Transform:
@@ -74,7 +75,9 @@ BASES: dict[str, tuple[Distribution, list[float], list[float]]] = {
     "two boxes": (
         MixtureSameFamily(
             Categorical(ONES),
-            Independent(Uniform(torch.tensor([[0.0, 0], [2, 2]]), torch.tensor([[1.0, 1], [3, 3]])), 1),
+            Independent(
+                Uniform(torch.tensor([[0.0, 0], [2, 2]]), torch.tensor([[1.0, 1], [3, 3]])), 1
+            ),
         ),
         [0.5, 2.5],
         [2.5, 2.5],
@@ -100,8 +103,6 @@ def test_a_base_is_minus_infinity_outside_whatever_torch_validates(name: str) ->
     assert base.bounded
     z = torch.tensor([inside, outside, [math.nan, 0.5], inside], requires_grad=True)
     log_prob = base.log_prob(z)
-    truth = Distribution.log_prob.__get__(distribution)  # silence: replaced below
-    del truth
     alone = base.log_prob(z[:1].detach())
     assert log_prob[1] == -INF
     assert log_prob[2].isnan()
@@ -117,7 +118,9 @@ def test_a_base_is_minus_infinity_outside_whatever_torch_validates(name: str) ->
 
 def test_two_boxes_are_half_full_each() -> None:
     base = DistributionBase(BASES["two boxes"][0])
-    torch.testing.assert_close(base.log_prob(torch.tensor([[2.5, 2.5]])), torch.tensor([-math.log(2)]))
+    torch.testing.assert_close(
+        base.log_prob(torch.tensor([[2.5, 2.5]])), torch.tensor([-math.log(2)])
+    )
 
 
 def test_a_base_on_all_of_space_is_asked_as_it_is() -> None:
@@ -149,18 +152,20 @@ def test_samples_without_numbers_are_refused() -> None:
     assert scalars.forward(torch.zeros(5, 0)).shape == (5, 0)
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
-@pytest.mark.parametrize("base", ["uniform", "exponential"])
-def test_a_continuous_flow_knows_its_own_samples(base: str, gradient: str) -> None:
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_a_continuous_flow_knows_its_own_samples(gradient: str) -> None:
     """The solve back to the base misses an end by up to 30 times the tolerance."""
-    torch.manual_seed(0)
-    flow = cnf.FFJORD(2, hidden=(16,), base=BASES[base][0], divergence="exact")
+    uniform = BASES["uniform"][0]
+    flow = cnf.FFJORD(2, hidden=(16,), base=uniform, divergence="exact")
     drawn(flow.transform, 0.4)
-    x, log_prob = flow.sample_and_log_prob((20_000,))
-    z = flow.transform.inverse(x)
-    assert not DistributionBase(BASES[base][0]).log_prob(z).isfinite().all(), "tests nothing"
-    again = flow.log_prob(x, solver=cnf.Solver(gradient=gradient))
-    torch.testing.assert_close(again, log_prob, rtol=0, atol=5e-3)
+    along = torch.linspace(-0.99, 0.99, 100)
+    z = torch.stack((torch.full((100,), 1 - 1e-6), along), 1)
+    z = torch.cat((z, -z, z.flip(1)))  # what the base may draw, near its ends
+    x, log_det = flow.transform.forward_and_log_det(z)
+    strict = DistributionBase(uniform).log_prob(flow.transform.inverse(x))
+    assert not strict.isfinite().all(), "tests nothing"
+    again = flow.log_prob(x.detach(), solver=cnf.Solver(gradient=gradient))
+    torch.testing.assert_close(again, -math.log(4) - log_det, rtol=0, atol=5e-3)
     again.mean().backward()
     assert all(p.grad.isfinite().all() for p in flow.parameters())
     far = flow.log_prob(flow.transform.forward(torch.tensor([[-1.1, 0.5], [0.5, 0.5]])))
@@ -191,7 +196,7 @@ def test_one_row_outside_does_not_change_the_others(end: str) -> None:
     alone = flow.log_prob(x[:5])
     assert log_prob[5] == -INF
     torch.testing.assert_close(log_prob[:5], alone)
-    own, _ = list(flow.parameters()), None
+    own = list(flow.parameters())
     gradients = torch.autograd.grad(log_prob.clamp(min=-1e3).sum(), own)
     for found, truth in zip(gradients, torch.autograd.grad(alone.sum(), own), strict=True):
         torch.testing.assert_close(found, truth)
@@ -218,8 +223,7 @@ def test_a_distribution_has_the_support_of_its_flow(end: str) -> None:
 def test_the_support_of_a_flow_with_a_bounded_base(name: str) -> None:
     distribution, outside, inside = BASES[name]
     flow = cnf.Flow(distribution, Diagonal(2))
-    with torch.no_grad():
-        next(flow.parameters()).add_(0.3)
+    drawn(flow.transform)
     x = flow.transform.forward(torch.tensor([outside, inside]))
     support = flow.distribution().support
     if name != "dirichlet":  # a Diagonal leaves the simplex
@@ -252,7 +256,7 @@ def test_values_alone_are_refused_outside(end: str) -> None:
     assert z.isfinite().all()
     assert (log_det == -INF).any()
     for call in (transform.inverse, cnf.Inverse(transform).forward_and_log_det):
-        with pytest.raises(ValueError, match="outside of what .*(Interval|Sigmoid)"):
+        with pytest.raises(ValueError, match=r"outside of what (Interval|Sigmoid|Split)"):
             call(x)
         found = torch.func.vmap(call)(x)
         found = found if isinstance(found, Tensor) else found[0]
@@ -278,7 +282,8 @@ def test_far_out_only_what_overflows_is_lost() -> None:
     big = 1e30
     flow = cnf.Flow(cnf.StandardNormal(2), Diagonal(2))
     with torch.no_grad():
-        flow.transform.log_scale.fill_(math.log(big))
+        log_scale = next(p for n, p in flow.named_parameters() if n.endswith("log_scale"))
+        log_scale.fill_(math.log(big))
     x = torch.tensor([[big, -big], [1.0, 0.0], [3e38, 0.0]])
     truth = Normal(0.0, 1.0).log_prob(x.double() / big).sum(1) - 2 * math.log(big)
     torch.testing.assert_close(flow.log_prob(x).double(), truth, rtol=1e-4, atol=1e-3)

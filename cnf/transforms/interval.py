@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from cnf.checks import check_number
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
-from cnf.transforms.columns import check_columns, chosen_columns, of_columns
+from cnf.transforms.columns import Columns, check_columns, chosen_columns, of_columns
 from cnf.transforms.inputs import check_like
 from cnf.transforms.roots import softplus
 
@@ -112,7 +112,7 @@ class Interval(Transform):
         if n != 1 or self.kinds == [(True, True)]:
             return constraints.independent(constraints.interval(self.low, self.high), n)
         ends = zip(*(e.expand(event_shape).tolist() for e in (self.low, self.high)), strict=True)
-        return constraints.independent(constraints.stack([_constraint(*e) for e in ends], -1), n)
+        return Columns([_constraint(*e) for e in ends])
 
     def extra_repr(self) -> str:
         """The ends, and the columns."""
@@ -169,8 +169,8 @@ class Interval(Transform):
             sizes = zip(reversed(x.shape), reversed(shape), strict=False)
             if x.ndim < len(shape) or not all(n in (1, m) for m, n in sizes):
                 raise ValueError(
-                    f"x has shape {tuple(x.shape)}, expected (..., {str(tuple(shape))[1:-1]}), the "
-                    "shape of low and high"
+                    f"x has shape {tuple(x.shape)}, expected (..., "
+                    f"{', '.join(map(str, shape))}), the shape of low and high"
                 )
         return chosen_columns(self.columns, x)
 
