@@ -48,8 +48,10 @@ def _parts(transforms: Sequence[Transform]) -> list[Transform]:
     """Transforms, one after the other."""
     parts: list[Transform] = []
     for transform in transforms:
-        composed = isinstance(transform, ComposeTransform)
-        parts += _parts(transform.parts) if composed else [transform]
+        if isinstance(transform, ComposeTransform):
+            parts += _parts(transform.parts)
+        else:
+            parts.append(transform)
     return parts
 
 
@@ -97,13 +99,13 @@ def _inside(distribution: Distribution, z: Tensor) -> Tensor:
         inside = _inside(distribution.base_dist, z)
         n = distribution.reinterpreted_batch_ndims
         return inside.flatten(inside.ndim - n).all(-1) if n else inside
-    if _made(distribution) is not None:
+    if (made := _made(distribution)) is not None:
         n = len(distribution.event_shape)
         inside = z.new_ones(z.shape[: z.ndim - n], dtype=torch.bool)
-        for transform in reversed(_parts(distribution.transforms)):
+        for transform in reversed(_parts(made.transforms)):
             inside = inside & _all(transform.codomain.check(z), inside.ndim)
             z = transform.inv(z)
-        return inside & _all(_inside(distribution.base_dist, z), inside.ndim)
+        return inside & _all(_inside(made.base_dist, z), inside.ndim)
     if isinstance(distribution, MixtureSameFamily):  # torch asks that all components hold z
         n = len(distribution.event_shape)
         return _inside(distribution.component_distribution, z.unsqueeze(-1 - n)).any(-1)

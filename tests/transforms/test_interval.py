@@ -227,7 +227,7 @@ def test_tensors_hold_the_ends_of_each_number(dtype):
     low.fill_(0.9)
     assert torch.equal(f.forward(z), x), "the caller's tensor is not the transform's"
     assert torch.func.vmap(f.forward)(z).allclose(x)
-    with pytest.raises(ValueError, match=r"x has shape \(7, 3\), expected \(\.\.\., 4\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(7, 3\), expected \(\.\.\., D=4\)"):
         f.forward(z[:, :3])
 
 
