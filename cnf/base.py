@@ -166,6 +166,8 @@ class DistributionBase(Base):
                 would give some of its own samples the density zero.
         """
         check_shape(z, self.event_shape, "z")
+        if not z.numel():  # which torch's Independent cannot sum
+            return z.sum(tuple(range(-len(self.event_shape), 0))) if self.event_shape else z
         if not self.bounded:
             return self.distribution.log_prob(z)
         return log_density(self.distribution, z, rounding)

@@ -193,7 +193,7 @@ class Flow(nn.Module):
         self._check_modules()
         far = self._check_values(x, context, choices)
         z, log_det = self.transform.inverse_and_log_det(x, context, **choices)
-        log_prob = self._base_log_prob(z, choices) + self._of_samples(log_det, x)
+        log_prob = self._joined(z, self._of_samples(log_det, x), choices)
         if far is not None:
             log_prob = self._without_overflow(log_prob, far, x, context, choices)
         if "variances" not in choices:
@@ -201,14 +201,16 @@ class Flow(nn.Module):
         variance = sum(choices["variances"], torch.zeros_like(log_prob))
         return [log_prob, variance.sqrt().detach()]
 
-    def _base_log_prob(self, z: Tensor, choices: Choices) -> Tensor:
-        """Log-density of base samples that a transform computed (*batch,)."""
+    def _joined(self, z: Tensor, log_det: Tensor, choices: Choices) -> Tensor:
+        """log p_0(z) + log_det (*batch,) for z that the transform computed."""
         if not (isinstance(self.base, DistributionBase) and self.base.bounded):
-            return self.base.log_prob(z)
+            return self.base.log_prob(z) + log_det
         parts = (part for part in self.transform.modules() if isinstance(part, CNF))
         solvers = [as_solver(choices.get("solver", part.solver)) for part in parts]
         tolerances = [max(solver.rtol, solver.atol) for solver in solvers]
-        return self.base.log_prob(z, 50 * max(tolerances) if tolerances else None)
+        log_prob = self.base.log_prob(z, 50 * max(tolerances) if tolerances else None)
+        # At an end of its support a density may be infinite: not so where no z is mapped to x.
+        return torch.where(log_det == -torch.inf, log_det, log_prob + log_det)
 
     def log_prob_and_integrals(
         self,
@@ -367,14 +369,15 @@ class Flow(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):
                 x = x.clone().detach().requires_grad_(x.is_floating_point())
-            (log_prob, *_) = self._log_prob(x, context, choices)
-            (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=create_graph)
+            (log_prob,) = self._log_prob(x, context, choices)
+            total = log_prob.sum() + 0.0 * x.sum()  # a uniform density has no graph
+            (score,) = torch.autograd.grad(total, x, create_graph=create_graph)
         if create_graph and not score.requires_grad:
             raise RuntimeError(
                 "this solver gives a score without a gradient of its own; use "
                 "cnf.Solver(gradient='backprop', compile=False)"
             )
-        unknown = ~log_prob.isfinite().reshape(*log_prob.shape, *[1] * len(self.event_shape))
+        unknown = ~log_prob.isfinite().reshape((*log_prob.shape, *[1] * len(self.event_shape)))
         return score.masked_fill(unknown, torch.nan)
 
     def trajectory(
@@ -597,8 +600,9 @@ class Flow(nn.Module):
             return log_prob
         lost = far & log_prob.isnan()
         if not tracing() and bool(lost.any()):  # once more without them: their gradient is NaN
-            rows = lost.reshape(*lost.shape, *[1] * len(self.event_shape))
-            (log_prob,) = self._log_prob(x.masked_fill(rows, 0.0), context, choices)
+            rows = lost.reshape((*lost.shape, *[1] * len(self.event_shape)))
+            log_prob = self._log_prob(x.masked_fill(rows, 0.0), context, choices)[0]
+            lost = lost & ~log_prob.isnan()  # where 0 has NaN, too, it is the parameters
         return log_prob.masked_fill(lost, -torch.inf)
 
     def _check_real(self, method: str, why: str) -> None:

@@ -5,12 +5,16 @@ Decided here and not by torch's argument validation, which is a flag of the proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributions import (
+    ComposeTransform,
     Distribution,
     Independent,
     MixtureSameFamily,
+    Transform,
     TransformedDistribution,
     Uniform,
     constraints,
@@ -20,11 +24,35 @@ __all__ = ["is_bounded", "is_real", "log_density", "support_of"]
 
 
 def support_of(distribution: Distribution) -> constraints.Constraint | None:
-    """The support of a distribution; None where it does not say."""
+    """The support of a distribution; None where it does not say, or says more than it has."""
+    if (made := _made(distribution)) is not None and not (
+        is_real(support_of(made.base_dist))
+        and all(is_real(transform.codomain) for transform in _parts(made.transforms)[:-1])
+    ):
+        return None  # torch says what the last transform can give
     try:
         return distribution.support
     except NotImplementedError:
         return None
+
+
+def _made(distribution: Distribution) -> TransformedDistribution | None:
+    """The distribution within, where it is another one, transformed."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    # A subclass, such as LogNormal, has a support of its own.
+    return distribution if type(distribution) is TransformedDistribution else None
+
+
+def _parts(transforms: Sequence[Transform]) -> list[Transform]:
+    """Transforms, one after the other."""
+    parts: list[Transform] = []
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            parts += _parts(transform.parts)
+        else:
+            parts.append(transform)
+    return parts
 
 
 def is_real(support: constraints.Constraint | None) -> bool:
@@ -36,7 +64,7 @@ def is_real(support: constraints.Constraint | None) -> bool:
 
 def is_bounded(distribution: Distribution) -> bool:
     """Whether the density may be zero somewhere."""
-    return not is_real(support_of(distribution)) or _is_made(distribution)
+    return not is_real(support_of(distribution))
 
 
 def log_density(distribution: Distribution, z: Tensor, rounding: float | None = None) -> Tensor:
@@ -65,26 +93,19 @@ def log_density(distribution: Distribution, z: Tensor, rounding: float | None = 
     return log_prob.masked_fill(~inside, -torch.inf).masked_fill(unknown, torch.nan)
 
 
-def _is_made(distribution: Distribution) -> bool:
-    """Whether it is another one, transformed: then its support may be less than it says."""
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return type(distribution) is TransformedDistribution
-
-
 def _inside(distribution: Distribution, z: Tensor) -> Tensor:
     """Whether z (*batch, *event) lies in the support (*batch,)."""
     if isinstance(distribution, Independent):
         inside = _inside(distribution.base_dist, z)
         n = distribution.reinterpreted_batch_ndims
         return inside.flatten(inside.ndim - n).all(-1) if n else inside
-    if type(distribution) is TransformedDistribution:  # a subclass, as LogNormal, says its own
+    if (made := _made(distribution)) is not None:
         n = len(distribution.event_shape)
         inside = z.new_ones(z.shape[: z.ndim - n], dtype=torch.bool)
-        for transform in reversed(distribution.transforms):
+        for transform in reversed(_parts(made.transforms)):
             inside = inside & _all(transform.codomain.check(z), inside.ndim)
             z = transform.inv(z)
-        return inside & _all(_inside(distribution.base_dist, z), inside.ndim)
+        return inside & _all(_inside(made.base_dist, z), inside.ndim)
     if isinstance(distribution, MixtureSameFamily):  # torch asks that all components hold z
         n = len(distribution.event_shape)
         return _inside(distribution.component_distribution, z.unsqueeze(-1 - n)).any(-1)
@@ -106,7 +127,7 @@ def _ends(distribution: Distribution) -> tuple[Tensor, Tensor, Tensor] | None:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     low, high = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
-    if support is None or support.is_discrete or (low is None and high is None) or _is_made(base):
+    if support is None or support.is_discrete or (low is None and high is None):
         return None
     like = next((t for t in vars(base).values() if isinstance(t, Tensor)), torch.empty(()))
     low, high = (

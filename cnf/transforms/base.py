@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from cnf.checks import tracing
+from cnf.support import is_real
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,8 +176,9 @@ def only_mapped(transform: Transform, x: Tensor, z: Tensor, log_det: Tensor) -> 
     outside = log_det == -torch.inf
     if not (x.is_meta or tracing()) and bool(outside.any()):
         seen = x.detach()[outside].double()
+        name = type(transform).__name__ if len(list(transform.modules())) > 1 else transform
         raise ValueError(
-            f"x has {int(outside.sum())} values outside of what {transform} maps to: they lie from "
+            f"x has {int(outside.sum())} values outside of what {name} maps to: they lie from "
             f"{seen.min().item():.6g} to {seen.max().item():.6g}; no z is mapped there, remove "
             "such samples"
         )
@@ -241,7 +243,7 @@ class Compose(Transform):
     def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint | None:
         """That of the last of them, where the others map to all real numbers, or for integers."""
         *others, last = self
-        known = last.quantized or all(other.codomain(event_shape) for other in others)
+        known = last.quantized or all(is_real(other.codomain(event_shape)) for other in others)
         return last.codomain(event_shape) if known else None
 
     def __iter__(self) -> Iterator[Transform]:

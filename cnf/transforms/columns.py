@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints, transforms
 
-__all__ = ["check_columns", "chosen_columns", "of_columns"]
+__all__ = ["Columns", "check_columns", "chosen_columns", "of_columns"]
 
 
 def check_columns(columns: Sequence[int]) -> tuple[int, ...]:
@@ -45,11 +45,33 @@ def chosen_columns(columns: tuple[int, ...] | None, x: Tensor) -> Tensor:
     return torch.tensor([i in columns for i in range(x.shape[-1])], device=x.device)
 
 
+class Columns(constraints.Constraint):
+    """Vectors with a constraint for each number; torch's `stack`, as one of whole vectors."""
+
+    event_dim = 1
+
+    def __init__(self, columns: Sequence[constraints.Constraint]) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether all numbers (*batch, D) are as they must be (*batch,)."""
+        return constraints.stack(self.columns, -1).check(value).all(-1)
+
+    def __repr__(self) -> str:
+        return f"Columns({self.columns})"
+
+
+@biject_to.register(Columns)
+def _to_columns(constraint: Columns) -> transforms.Transform:
+    return transforms.StackTransform([biject_to(each) for each in constraint.columns], -1)
+
+
 def of_columns(
     own: constraints.Constraint, columns: tuple[int, ...] | None, event_shape: Sequence[int]
 ) -> constraints.Constraint:
     """A constraint of samples: some columns have their own, the others are real."""
-    if columns is not None:
-        each = [own if i in columns else constraints.real for i in range(event_shape[-1])]
-        own = constraints.stack(each, -1)
-    return constraints.independent(own, len(event_shape))
+    if columns is None:
+        return constraints.independent(own, len(event_shape))
+    each = Columns([own if i in columns else constraints.real for i in range(event_shape[-1])])
+    return constraints.independent(each, len(event_shape) - 1)

@@ -14,8 +14,8 @@ from torch.distributions import constraints
 from cnf.checks import check_number
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
-from cnf.transforms.columns import check_columns, chosen_columns, of_columns
-from cnf.transforms.inputs import check_like
+from cnf.transforms.columns import Columns, check_columns, chosen_columns, of_columns
+from cnf.transforms.inputs import check_like, check_shape
 from cnf.transforms.roots import softplus
 
 if TYPE_CHECKING:
@@ -104,15 +104,20 @@ class Interval(Transform):
         super()._load_from_state_dict(*args, **kwargs)
         self._find_kinds()
 
+    @property
+    def _ends(self) -> tuple[Any, Any]:
+        """Two numbers or two tensors."""
+        return self.low, self.high
+
     def codomain(self, event_shape: tuple[int, ...]) -> constraints.Constraint:
         """The interval or half-line, of each number."""
         if not isinstance(self.low, Tensor) or not isinstance(self.high, Tensor):
-            return of_columns(_constraint(self.low, self.high), self.columns, event_shape)
+            return of_columns(_constraint(*self._ends), self.columns, event_shape)
         n = len(event_shape)
         if n != 1 or self.kinds == [(True, True)]:
             return constraints.independent(constraints.interval(self.low, self.high), n)
         ends = zip(*(e.expand(event_shape).tolist() for e in (self.low, self.high)), strict=True)
-        return constraints.independent(constraints.stack([_constraint(*e) for e in ends], -1), n)
+        return Columns([_constraint(*e) for e in ends])
 
     def extra_repr(self) -> str:
         """The ends, and the columns."""
@@ -127,7 +132,7 @@ class Interval(Transform):
         """x in the interval and log dx/dz, of every number."""
         chosen = self._check(z, context, choices)
         x, log_det = self._by_kind(0, z)
-        x = x.clamp(self.low, self.high)  # where sigmoid(z) is 1, low + w may round beyond high
+        x = x.clamp(*self._ends)  # where sigmoid(z) is 1, low + w may round beyond high
         return torch.where(chosen, x, z), torch.where(chosen, log_det, 0.0)
 
     def inverse_and_log_det(
@@ -168,10 +173,7 @@ class Interval(Transform):
             shape = self.low.shape
             sizes = zip(reversed(x.shape), reversed(shape), strict=False)
             if x.ndim < len(shape) or not all(n in (1, m) for m, n in sizes):
-                raise ValueError(
-                    f"x has shape {tuple(x.shape)}, expected (..., {str(tuple(shape))[1:-1]}), the "
-                    "shape of low and high"
-                )
+                check_shape(x, shape)
         return chosen_columns(self.columns, x)
 
 

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from cnf.checks import tracing
 from cnf.ode.inputs import check_finite, check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, over_samples
+from cnf.transforms.columns import Columns
 from cnf.transforms.inputs import check_like, check_shape
 from cnf.warn import warn
 
@@ -53,7 +54,7 @@ class Dequantization(Transform):
             constraints.real if n is None else constraints.integer_interval(0, n - 1)
             for n in self.levels
         ]
-        return constraints.independent(constraints.stack(columns, -1), 1)
+        return Columns(columns)
 
     def extra_repr(self) -> str:
         """The levels."""

@@ -294,6 +294,7 @@ AUTOREGRESSIVE = [
     autoregressive("one-dimension", 1, idle=("conditioner.layers.0.weight",), **UNTRACED),
 ]
 
+LOW, HIGH = torch.tensor([0.0, -math.inf, -math.inf]), torch.tensor([1.0, 0.0, math.inf])
 squeeze = kinds_of(Squeeze, "squeeze")
 CONTAINERS = [
     squeeze("channel", (2, 2, 4), base=(8, 1, 2), **VOLUME),
@@ -303,6 +304,17 @@ CONTAINERS = [
         "interval",
         lambda: Compose(Diagonal(3), Interval(-2, 3, columns=(0, 2)), Permutation(3)),
         domain=lambda x: torch.where(torch.tensor([1, 0, 1]) > 0, 5 * torch.sigmoid(x) - 2, x),
+    ),
+    Kind(
+        "half-line",
+        lambda: Compose(Diagonal(3), Interval(-2, math.inf), Permutation(3)),
+        domain=lambda x: x.exp() - 2,
+        **UNTRACED,
+    ),
+    Kind(
+        "intervals",
+        lambda: Compose(Diagonal(3), Interval(LOW, HIGH)),
+        domain=lambda x: torch.stack((x[..., 0].sigmoid(), -x[..., 1].exp(), x[..., 2]), -1),
     ),
     Kind("split", lambda: Split(LULinear(2), 3), **UNTRACED),
     Kind(

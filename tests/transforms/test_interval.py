@@ -94,8 +94,11 @@ def test_a_flow_has_the_support_of_the_interval():
     y, log_prob = flow.sample_and_log_prob((100,))
     torch.testing.assert_close(flow.log_prob(y), log_prob)
     assert (y.amin() > -2) & (y.amax() < 3)
-    with pytest.raises(ValueError, match="1 values outside of the interval from -2 to 3"):
-        flow.log_prob(torch.tensor([[0.0], [3.1]]).double())
+    assert flow.log_prob(torch.tensor([[0.0], [3.1], [-3]]).double()).isfinite().tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_traced_values_are_the_same():
@@ -111,8 +114,13 @@ def test_traced_values_are_the_same():
     [
         ((1, 1), ValueError, "low=1 must be less than high=1"),
         ((2, 1), ValueError, "low=2 must be less than high=1; swap"),
-        ((-math.inf, 1), ValueError, "low=-inf must be finite"),
-        ((0, math.nan), ValueError, "high=nan must be finite"),
+        ((math.inf, 1), ValueError, "low=inf must be less than high=1"),
+        ((0, math.nan), ValueError, "high=nan must be a number"),
+        ((torch.zeros(2), 1.0, (0,)), ValueError, "ends that are numbers.*-inf and inf"),
+        ((torch.tensor([0.0, 2.0]), 1.0), ValueError, r"1 of 2 pairs .*first index \(1,\): low=2"),
+        ((0.0, torch.tensor(math.nan)), ValueError, "neither NaN, but 1 of 1"),
+        ((torch.zeros(2), torch.ones(3)), ValueError, r"\(2,\) and \(3,\), which do not broadcast"),
+        ((torch.zeros(2) > 1, 1.0), TypeError, "low must hold numbers, got torch.bool"),
         (("0", 1), TypeError, "low='0' must be a number"),
         ((0, True), TypeError, "high=True must be a number"),
         ((0, 1, (0, 0)), ValueError, r"columns=\(0, 0\) must be different"),
@@ -129,7 +137,11 @@ def test_what_is_no_interval_is_refused(arguments, error, words):
 @pytest.mark.parametrize(
     ("x", "error", "words"),
     [
-        (torch.tensor([0.5, 1.5, -2.0]), ValueError, r"2 values .* from 0 to 1: .* from -2 to 1.5"),
+        (
+            torch.tensor([0.5, 1.5, -2.0]),
+            ValueError,
+            r"2 values .*Interval\(0.0, 1.0\).* from -2 to 1.5",
+        ),
         (torch.tensor([0.5, math.inf]), ValueError, "1 values outside"),
         (torch.tensor([1]), TypeError, "x must be float32 or float64"),
     ],
@@ -148,3 +160,82 @@ def test_other_bad_calls():
     with pytest.raises(TypeError, match="steps cannot be chosen"):
         f.forward(torch.zeros(5, 3), steps=3)
     assert Interval(0, 1).inverse(torch.tensor([math.nan])).isnan().all()
+
+
+def test_half_lines_against_torchs_softplus_and_autograd():
+    softplus = torch.distributions.transforms.SoftplusTransform()
+    z = (5 * torch.randn(60, 3, dtype=torch.float64)).requires_grad_()
+    above, below = Interval(-2, math.inf), Interval(-math.inf, 3)
+    x, log_det = above.forward_and_log_det(z)
+    torch.testing.assert_close(x, softplus(z) - 2)
+    torch.testing.assert_close(log_det, softplus.log_abs_det_jacobian(z, None))
+    mirrored, same = below.forward_and_log_det(-z)
+    torch.testing.assert_close(mirrored, 1 - x)
+    torch.testing.assert_close(same, log_det)
+    for f, samples in ((above, x), (below, mirrored)):
+        inside = samples.detach().requires_grad_()
+        back, minus = f.inverse_and_log_det(inside)
+        (slope,) = torch.autograd.grad(back.sum(), inside)
+        torch.testing.assert_close(minus, slope.log())
+        torch.testing.assert_close(back, z if f is above else -z)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low", [0.0, -2.0, 1e3])
+def test_half_lines_at_extreme_numbers(low, dtype):
+    """Neither overflow nor NaN, in values and gradients; far out it is a shift."""
+    f, largest = Interval(low, math.inf), torch.finfo(dtype).max / 2
+    z = torch.tensor([-largest, -1e4, -80.0, 0, 80, 1e4, largest], dtype=dtype).requires_grad_()
+    x, log_det = f.forward_and_log_det(z)
+    assert ((x >= low) & x.isfinite()).all()
+    torch.testing.assert_close(x[4:], z[4:] + low)
+    torch.testing.assert_close(log_det[:2], z[:2])
+    torch.testing.assert_close(log_det[4:], torch.zeros_like(z[4:]))
+    (gradient,) = torch.autograd.grad(x.sum() + log_det.clamp(min=-9).sum(), z)
+    assert gradient.isfinite().all()
+    inside = x.detach().requires_grad_()
+    back, minus = f.inverse_and_log_det(inside)
+    assert back.isfinite().all()
+    assert minus.isfinite().all()
+    assert (back.diff() >= 0).all()
+    torch.testing.assert_close(back[3:], z[3:], atol=1e-3, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(back.clamp(min=-9).sum(), inside)
+    assert gradient.isfinite().all()
+
+
+KINDS = torch.tensor([[-1.0, 2.0], [0.5, math.inf], [-math.inf, 4.0], [-math.inf, math.inf]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_hold_the_ends_of_each_number(dtype):
+    """One transform of all is one of each, by number; and it moves, converts and is saved."""
+    low, high = KINDS.unbind(1)
+    f = Interval(low, high).to(dtype)
+    z = 4 * torch.randn(7, 4, dtype=dtype)
+    x, log_det = f.forward_and_log_det(z)
+    back, minus = f.inverse_and_log_det(x)
+    for i, (a, b) in enumerate(KINDS.tolist()):
+        truth, slope = Interval(a, b).forward_and_log_det(z[:, i])
+        torch.testing.assert_close(x[:, i], truth)
+        torch.testing.assert_close(log_det[:, i], slope)
+        truth, slope = Interval(a, b).inverse_and_log_det(x[:, i])
+        torch.testing.assert_close(back[:, i], truth)
+        torch.testing.assert_close(minus[:, i], slope)
+    other = Interval(torch.zeros(4), torch.ones(4)).to(dtype)
+    other.load_state_dict(f.state_dict())
+    assert torch.equal(other.forward(z), x)
+    low.fill_(0.9)
+    assert torch.equal(f.forward(z), x), "the caller's tensor is not the transform's"
+    assert torch.func.vmap(f.forward)(z).allclose(x)
+    with pytest.raises(ValueError, match=r"x has shape \(7, 3\), expected \(\.\.\., D=4\)"):
+        f.forward(z[:, :3])
+
+
+def test_the_density_on_mixed_ends_integrates_to_one():
+    """Over each of the ends, by the rule of midpoints."""
+    for low, high in ((0.0, math.inf), (-math.inf, 1.0), (-1.0, 2.0)):
+        flow = cnf.Flow(cnf.StandardNormal(1), Interval(torch.tensor([low]), torch.tensor([high])))
+        start, end = max(low, -12.0), min(high, 12.0)
+        x = start - 1 + (end - start + 2) * (torch.arange(40_000) + 0.5).double() / 40_000
+        mass = flow.double().log_prob(x[:, None]).exp().mean() * (end - start + 2)
+        assert mass.item() == pytest.approx(1, abs=1e-4)

@@ -74,7 +74,7 @@ def scaling(rate: float, solver: cnf.Solver) -> cnf.CNF:
     with torch.no_grad():
         field.linear.weight.copy_(rate * torch.eye(2))
         field.linear.bias.zero_()
-    return cnf.CNF(field, "exact", solver)
+    return cnf.CNF(field.requires_grad_(False), "exact", solver)
 
 
 def cnf_of(rows: list[list[float]], base: Distribution, solver: cnf.Solver) -> Sample:
