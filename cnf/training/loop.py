@@ -65,7 +65,8 @@ def fit(
     `KeyboardInterrupt` at once. A signal that is ignored when the run starts stays ignored.
 
     A `RuntimeWarning` says, once in a run, when the function evaluations of a step have grown
-    fivefold: see `NFETrend`.
+    fivefold: see `NFETrend`. Another is given where the first batch has no density, such as points
+    on a line, or another location or scale than the base of the flow.
 
     Args:
         objective: Module whose forward maps a batch to a scalar loss.
