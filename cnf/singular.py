@@ -23,8 +23,8 @@ def singularities(x: Tensor, levels: int | tuple[int | None, ...] | None = None)
     """Why data have no density, in words, with what to do; nothing if no reason is seen.
 
     Looked for are points that many rows share, columns of few values, columns that are linear in
-    others, and, in few dimensions, a surface of the second order that holds all rows. A
-    thousand rows are looked at, fewer in many dimensions.
+    others, and, in few dimensions, a surface of the second order that holds all rows. A thousand
+    rows are looked at, fewer in many dimensions.
 
     Args:
         x: data (B, *event).

@@ -18,7 +18,9 @@ __all__ = ["look_at"]
 
 NUMBERS = 2**15  # looked at, at most
 ROWS = 16  # fewer tell nothing
-SHIFT = 5.0  # how far the mean of the data may be from that of the base, in the latter's deviations
+SHIFT = (
+    10.0  # how far the mean of the data may be from that of the base, in the latter's deviations
+)
 RATIO = 5.0  # of the deviations of the data and the base
 
 
@@ -32,6 +34,8 @@ def look_at(objective: nn.Module, batch: tuple[Tensor, ...]) -> None:
     if not isinstance(flow, Flow) or not batch:
         return
     x, context = batch[0], batch[1] if len(batch) > 1 else None
+    if x.shape[1:] != flow.event_shape:
+        return
     for reason in singularities(x, flow.transform.levels):
         warn(f"the data have no density, so that the likelihood grows without bound: {reason}")
     found = None
