@@ -44,8 +44,8 @@ def singularities(x: Tensor, levels: int | tuple[int | None, ...] | None = None)
     x = x.detach().reshape(len(x), -1)[:rows, columns].double()
     if len(x) < ROWS:
         return []
-    if found := _repeated_rows(x):
-        return [found]
+    if repeated := _repeated_rows(x):
+        return [repeated]
     some, found = _values(x, columns)
     kept = [i for i in range(len(columns)) if i not in some]
     if len(kept) > 1 and len(kept) <= DIMS and len(x) > 2 * len(kept):
