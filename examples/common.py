@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import cnf
 from cnf.data import ImageDensity, PlaneDensity, toy
 from cnf.ode import METHODS
-from cnf.training import FitResult, fit, load_weights
+from cnf.training import FitResult, far_below, fit, load_weights
 
 UNRELATED = frozenset(  # to the training
     "out resume test_size threads models columns data_dir draws probes".split()  # noqa: SIM905
@@ -209,8 +209,8 @@ def train(
     prepare(args)
     flow = MODELS[args.model].build(args, val.shape[-1])
 
-    def validate(averaged: cnf.Flow) -> float:
-        return -score(averaged, val, flow_solver(args)).log_prob.mean().item()
+    def validate(averaged: cnf.Flow) -> Tensor:
+        return -score(averaged, val, flow_solver(args)).log_prob
 
     began, stages = time.monotonic(), OBJECTIVES[args.objective]
     results: list[FitResult] = []
@@ -266,7 +266,7 @@ def train_flow(
     objective: nn.Module,
     data: Tensor | Callable[[int, torch.Generator], Tensor] | None,
     out: Path,
-    validate: Callable[[Any], float],
+    validate: Callable[[Any], float | Tensor],
     known: Mapping[str, Model] = MODELS,
     *,
     part: str = "flow",
@@ -279,7 +279,7 @@ def train_flow(
         objective: what is minimised.
         data: as `fit` takes it.
         out: folder of the run.
-        validate: the loss of the averaged part, lower is better.
+        validate: the loss of the averaged part, or of each row, lower is better.
         known: the models, with the flags that each takes.
         part: "flow", or "vae".
         options: passed to `fit`.
@@ -376,6 +376,18 @@ def goes_on(row: dict[str, Any], run: argparse.Namespace) -> bool:
 def mean_and_error(values: Tensor) -> str:
     """Mean and standard error of the mean."""
     return f"{values.mean().item():.4f} +- {standard_error(values):.4f}"
+
+
+def notes(log_prob: Tensor, label: str = " " * 22) -> list[str]:
+    """A line for the report on rows (N,) far below the rest, if there are any."""
+    found = far_below(log_prob)
+    return [] if found is None else [f"{label}{found}"]
+
+
+def print_notes(log_prob: Tensor, label: str) -> None:
+    """The same, at once, where the report is a table."""
+    for note in notes(log_prob, label):
+        print(note)
 
 
 def standard_error(values: Tensor) -> float:

@@ -29,6 +29,7 @@ from common import (
     open_density,
     parameters,
     parser,
+    print_notes,
     refuse_idle,
     run_example,
     score,
@@ -197,6 +198,7 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
 def measure(name: str, flow: cnf.Flow, result: FitResult, problem: Problem) -> Row:
     """The test of a trained flow, and its times."""
     log_prob = score(flow, problem.test).log_prob
+    print_notes(log_prob, f"{name}: ")
     gap = log_prob - problem.reference
     if problem.density is not None:
         gap = -gap

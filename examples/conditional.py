@@ -22,6 +22,7 @@ from common import (
     parameters,
     parser,
     prepare,
+    print_notes,
     run_example,
     standard_error,
     train_flow,
@@ -245,9 +246,8 @@ def train(args: argparse.Namespace, out: Path) -> tuple[cnf.Flow, FitResult]:
     x, c = pairs(args, VALIDATION, 1)
 
     @torch.no_grad()
-    def validate(averaged: cnf.Flow) -> float:
-        log_prob = averaged.log_prob(*on_device(averaged, x, c), divergence="exact")
-        return -log_prob.mean().item()
+    def validate(averaged: cnf.Flow) -> Tensor:
+        return -averaged.log_prob(*on_device(averaged, x, c), divergence="exact")
 
     return train_flow(
         argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in SIZES}),
@@ -278,6 +278,7 @@ def measure(args: argparse.Namespace, flow: cnf.Flow, result: FitResult) -> tupl
     start = time.perf_counter()
     x, c = pairs(args, args.test_size, 2)
     log_q = flow.log_prob(*on_device(flow, x, c), divergence="exact", solver=REFERENCE).cpu()
+    print_notes(log_q, f"{args.problem}: ")
     kl = PROBLEMS[args.problem].posterior_log_prob(x, c) - log_q
     calibration = judge(args, flow)
     *by_parameter, p_density = calibration.p_values().tolist()

@@ -18,6 +18,7 @@ from common import (
     default_out,
     describe_training,
     mean_and_error,
+    notes,
     open_density,
     parse,
     parser,
@@ -72,6 +73,7 @@ def report(
         [
             f"data                  {density.name}, {len(test)} test points",
             f"test log-likelihood   {mine}",
+            *notes(mine.log_prob),
             f"true log-likelihood   {mean_and_error(true)}  {minus_entropy}",
             f"KL(data || flow)      {mean_and_error(gap)}  nats, the mean difference",
             *describe_training(flow, result),

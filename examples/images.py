@@ -24,6 +24,7 @@ from common import (
     parameters,
     parser,
     prepare,
+    print_notes,
     refuse_idle,
     run_example,
     standard_error,
@@ -261,8 +262,8 @@ def train(args: argparse.Namespace, data: ImageData, out: Path) -> tuple[cnf.Flo
     trace = trace_of(flow, args)
     val = data.val[:VALIDATION]
 
-    def validate(averaged: cnf.Flow) -> float:
-        return one_draw(averaged, val, trace, args.seed, CHOOSING)[0].mean().item()
+    def validate(averaged: cnf.Flow) -> Tensor:
+        return one_draw(averaged, val, trace, args.seed, CHOOSING)[0]
 
     return train_flow(
         args,
@@ -328,6 +329,8 @@ def measure(args: argparse.Namespace, flow: cnf.Flow, result: FitResult, test: T
     start = time.perf_counter()
     trace = trace_of(flow, args)
     bits, by_trace = one_draw(flow, test, trace, args.seed, REFERENCE)
+    nats = math.prod(test.shape[1:]) * math.log(2)
+    print_notes(-bits * nats, f"{args.model}, nats: ")
     bound = None
     if args.draws > 1:
         bound = several_draws(flow, test, trace, args.seed, args.draws)

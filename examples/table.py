@@ -18,6 +18,7 @@ from common import (
     default_out,
     describe_training,
     mean_and_error,
+    notes,
     parse,
     parser,
     run_example,
@@ -72,6 +73,7 @@ def report(
             f"data                  {name}: {table.train.shape[1]} columns, {sizes} rows to train, "
             "validate, test",
             f"test log-likelihood   {mine}",
+            *notes(mine.log_prob),
             f"Gaussian              {mean_and_error(gaussian)}",
             f"gain                  {mean_and_error(gain)}  nats a row, "
             f"{gain.mean().item() / standard_error(gain):.1f} standard errors",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from common import REFERENCE, mean_and_error, parser, run_example, train, write_report
+from common import REFERENCE, mean_and_error, notes, parser, run_example, train, write_report
 from models import ffjord
 from torch import Tensor
 
@@ -66,6 +66,7 @@ def report(flow: cnf.FFJORD, test: Tensor, probes: int, out: Path) -> None:
         [
             f"test log-likelihood   {mean_and_error(exact)}  (exact trace)",
             f"                      {mean_and_error(estimate)}  ({probes} probes)",
+            *notes(exact),
             f"                      each row's to {stderr.mean().item():.2f} nats, its standard "
             f"error; in units of that it is off by {off.mean().item():+.2f} +- "
             f"{off.std().item():.2f} (mean, standard deviation)",

@@ -26,6 +26,7 @@ from common import (
     parameters,
     parser,
     prepare,
+    print_notes,
     refuse_idle,
     run_example,
     standard_error,
@@ -307,11 +308,11 @@ def train(args: argparse.Namespace, data: ImageData, out: Path) -> tuple[VAE, Fi
     val = binarised(data, data.val, args.seed)
 
     @torch.no_grad()
-    def validate(averaged: VAE) -> float:
+    def validate(averaged: VAE) -> Tensor:
         generator = torch.Generator().manual_seed(args.seed)
         device = next(averaged.parameters()).device
         parts = [averaged.elbo(b.to(device), generator=generator) for b in val.split(1000)]
-        return -torch.cat(parts).mean().item()
+        return -torch.cat(parts)
 
     of_training = {k: v for k, v in vars(args).items() if k != "samples"}
     return train_flow(
@@ -347,6 +348,7 @@ def measure(args: argparse.Namespace, vae: VAE, result: FitResult, test: Tensor,
     start = time.perf_counter()
     values = bounds(vae, test, args.samples, args.seed)
     torch.save(values, out / args.model / "bounds.pt")
+    print_notes(values[1], f"{args.model}: ")
     elbo, bound = -values
     row = Row(
         args.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from cnf.errors import SolverError
 from cnf.flow import Flow
 from cnf.ode import Solver, TorchDiffEq, record_solves
 from cnf.ode.odeint import as_solver
+from cnf.singular import singularities
 from cnf.transforms import CNF
 from cnf.truncation import dequantized
 
@@ -61,6 +63,7 @@ def check(
     A row is not ok where its error exceeds a limit, with L = max(1, the largest |log p|, |z| or
     |x|), eps that of the precision, and fixed steps held to rtol = atol = 1e-5:
 
+    - data, where it is there: they have no density, such as points on a line;
     - determinism: 0 between two evaluations of a field (else the rest is not measured);
     - divergence: eps^(1/3) max(1, |div|), in all directions up to 64 dimensions, then in some;
     - log-det (with z), round trip: 100 (atol + rtol L), but at most 0.01 L, at least 30 eps L;
@@ -104,11 +107,13 @@ def check(
     wanted = None if reference is None else as_solver(reference)
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        flow, x = dequantized(flow, x, context, generator)
-        _check_continuous(flow)
+        inner, y = dequantized(flow, x, context, generator)
+        _check_continuous(inner)
         source = torch.default_generator if generator is None else generator
-        own = Subject(flow, x, context, divergence, solver, source)
+        own = Subject(inner, y, context, divergence, solver, source)
         audit = _audit(own, gradients, wanted)
+        data = _data(x.reshape(-1, *flow.event_shape), flow.transform.levels)
+        audit = replace(audit, rows=(*data, *audit.rows))
     if verbose:
         print(audit)  # noqa: T201
     return audit
@@ -132,6 +137,15 @@ def _check_continuous(flow: Flow) -> None:
             "the formulas of discrete layers are not checked here: compare their log-determinants "
             "with torch.func.jacrev"
         )
+
+
+def _data(x: Tensor, levels: int | tuple[int | None, ...] | None) -> list[AuditRow]:
+    """Why the data have no density: rows of the audit that there are only for such data."""
+    reasons = [reason.partition(": ") for reason in singularities(x, levels)]
+    return [
+        AuditRow("data", what, f"the likelihood is unbounded: {remedy}", ok=False)
+        for what, _, remedy in reasons
+    ]
 
 
 def _audit(own: Subject, modes: Sequence[str], wanted: Solver | TorchDiffEq | None) -> Audit:

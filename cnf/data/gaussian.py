@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from cnf.data.read import check_finite
+from cnf.singular import dependent_columns
 
 __all__ = ["gaussian_log_prob"]
-
-DEPENDENT = 1e-6  # the share of its deviation that the others must leave a column
 
 
 def gaussian_log_prob(train: Tensor, x: Tensor) -> Tensor:
@@ -61,23 +60,9 @@ def gaussian_log_prob(train: Tensor, x: Tensor) -> Tensor:
 
 def check_independent(x: Tensor) -> None:
     """Raise, with names, if columns of x (N, D) are constant or combinations of earlier ones."""
-    std = x.std(0, correction=0)
     constant = x.amax(0) == x.amin(0)
     found = [f"{i} is constant" for i in constant.nonzero().flatten().tolist()]
-    z = (x - x.mean(0)) / torch.where(constant, 1.0, std)
-    kept: list[int] = []
-    for i in (~constant).nonzero().flatten().tolist():
-        if kept:
-            weights = torch.linalg.lstsq(z[:, kept], z[:, i : i + 1]).solution  # (K, 1)
-            if (z[:, i : i + 1] - z[:, kept] @ weights).square().mean().sqrt() < DEPENDENT:
-                others = [
-                    str(k)
-                    for k, w in zip(kept, weights.flatten().tolist(), strict=True)
-                    if abs(w) > DEPENDENT
-                ]
-                found.append(f"{i} is a linear combination of {', '.join(others)}")
-                continue
-        kept.append(i)
+    found += dependent_columns(x[:, ~constant], (~constant).nonzero().flatten().tolist())
     if found:
         raise ValueError(
             f"train has a singular covariance: column {'; column '.join(found)}; "

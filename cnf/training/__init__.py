@@ -13,13 +13,16 @@ from cnf.training.checkpoint import load_checkpoint, load_weights, save_checkpoi
 from cnf.training.loop import fit
 from cnf.training.muon import Muon
 from cnf.training.result import FitResult
+from cnf.training.rows import FarBelow, far_below
 from cnf.training.schedules import linear
 from cnf.training.trend import NFETrend
 
 __all__ = [
+    "FarBelow",
     "FitResult",
     "Muon",
     "NFETrend",
+    "far_below",
     "fit",
     "linear",
     "load_checkpoint",

@@ -20,6 +20,7 @@ from cnf.training.batches import Batch, make_batches
 from cnf.training.folder import RunFolder
 from cnf.training.log import Log, ProgressBar
 from cnf.training.result import FitResult, Reason
+from cnf.training.rows import far_below
 from cnf.training.run import Progress, Run
 from cnf.training.signals import Caught, stop_on_signals
 from cnf.training.step import take_step
@@ -65,7 +66,8 @@ def fit(
     `KeyboardInterrupt` at once. A signal that is ignored when the run starts stays ignored.
 
     A `RuntimeWarning` says, once in a run, when the function evaluations of a step have grown
-    fivefold: see `NFETrend`.
+    fivefold: see `NFETrend`. Another is given where the first batch has no density, such as points
+    on a line, or another location or scale than the base of the flow.
 
     Args:
         objective: Module whose forward maps a batch to a scalar loss.
@@ -86,8 +88,10 @@ def fit(
         scheduler: Stepped after every step.
         clip_grad_norm: Largest norm of the gradient.
         ema_decay: Decay of the moving average of the weights, see `moving_average`.
-        validate: Maps the averaged objective to a loss, lower is better. Gradients are recorded
-            unless it says `torch.no_grad()`.
+        validate: Maps the averaged objective to a loss, lower is better, or to the losses of rows
+            (N,), whose mean it is: then the log also has the median and the worst where rows are
+            far above the rest, see `far_below`. Gradients are recorded unless it says
+            `torch.no_grad()`.
         validate_every: Steps between validations, and between saves.
         patience: Stop after so many validations without a new best one.
         max_time: Stop after so many seconds of this call.
@@ -188,18 +192,37 @@ def _validate(run: Run, validate: Validate | None, log: Log, bar: ProgressBar) -
     began = time.monotonic()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
-        found = validate(run.ema.module)
-        loss = float(found.detach() if isinstance(found, Tensor) else found)
+        loss, rows = _validation(validate(run.ema.module))
     old, step = run.progress, run.progress.step
     old = replace(old, validated_step=step, elapsed=old.elapsed + time.monotonic() - began)
     better = math.isfinite(loss) and (old.best_loss is None or loss < old.best_loss)
-    log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed})
+    log.write({"step": step, "val_loss": loss, "best": better, "elapsed": old.elapsed, **rows})
     if better:
         run.progress = replace(old, best_step=step, best_loss=loss, stale=0)
     else:
         run.progress = replace(old, stale=old.stale + 1)
     bar.validated(loss)
     return better
+
+
+def _validation(found: float | Tensor) -> tuple[float, dict[str, Any]]:
+    """The loss, and what the log says of rows whose loss is far above that of the rest."""
+    if not isinstance(found, Tensor):
+        return float(found), {}
+    if found.ndim > 1 or not found.numel():
+        raise ValueError(
+            f"validate must return a loss, or those of rows (N,), got shape {tuple(found.shape)}"
+        )
+    far = far_below(-found) if found.ndim else None
+    loss = float(found.detach().mean())
+    if far is None:
+        return loss, {}
+    return loss, {
+        "val_median": -far.median,
+        "val_worst": -far.worst,
+        "val_far": len(far.rows),
+        "val_far_rows": list(far.rows[:10]),
+    }
 
 
 def _parameters(objective: nn.Module, optimizer: Optimizer | None) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from cnf.errors import TrainingError
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.terms import record_terms
 from cnf.ode import record_solves
+from cnf.training.look import look_at
 from cnf.training.run import Run
 
 __all__ = ["StepReport", "take_step"]
@@ -62,6 +63,8 @@ def take_step(
     began, step = time.monotonic(), run.progress.step + 1
     batch = run.batches.next()
     parts = batch if isinstance(batch, tuple) else (batch,)
+    if step == 1:
+        look_at(run.objective, parts)
     chosen = {name: value(step - 1) for name, value in (anneal or {}).items()}
     run.optimizer.zero_grad(set_to_none=True)
     with record_solves() as solves, record_terms() as terms:
