@@ -117,7 +117,7 @@ class FlowMatching(nn.Module):
             ValueError: x or context of a wrong shape, or not finite.
         """
         self.flow._check_shape(x)
-        self.flow._check_values(x, context)
+        self.flow._check_values(x, context, {})
         context = self._of_rows(context, x)
         x0, x1 = self._ends(x, context, generator)
         cnf = _parts(self.flow)[1]
