@@ -73,7 +73,6 @@ class Coupling(DiscreteTransform):
     ) -> None:
         super().__init__(features, context)
         self.elementwise = as_elementwise(elementwise)
-        self.foreign |= is_foreign(self.elementwise)
         mask = make_mask(mask, features, generator)
         self.parts = _Halves(mask) if _by_first_dimension(mask) else _Pixels(mask)
         kept, changed = self.parts.shapes
@@ -98,15 +97,20 @@ class Coupling(DiscreteTransform):
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, *event) and log |det dx/dz| (B,)."""
-        kept, changed = self.parts.split(z)
+        kept, changed = self._split(z)
         x, log_slope = self.elementwise.forward(changed, self._predict(kept, changed, context))
         return self.parts.join(kept, x, log_slope)
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, *event) and log |det dz/dx| (B,)."""
-        kept, changed = self.parts.split(x)
+        kept, changed = self._split(x)
         z, log_slope = self.elementwise.inverse(changed, self._predict(kept, changed, context))
         return self.parts.join(kept, z, log_slope)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept and what changes, into which somebody else's elementwise map may write."""
+        kept, changed = self.parts.split(x)
+        return kept, changed.clone() if is_foreign(self.elementwise) else changed
 
     def _predict(self, kept: Tensor, changed: Tensor, context: Tensor | None) -> Tensor:
         """(B, P, *changed)."""
