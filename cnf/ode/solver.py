@@ -52,8 +52,9 @@ class Solver:
             (up to a minute), faster ever after; no second derivatives. What cannot be compiled
             runs eagerly, after a warning.
         check_field: refuse a field that is not a function of (t, x): dropout or batch norm in
-            training, random numbers drawn in it. Without the check, a random field makes the
-            gradients of "checkpoint" and "adjoint" wrong: they evaluate it anew.
+            training, random numbers drawn in it, other values where "checkpoint" or "adjoint"
+            evaluate it again in backward. Without the check such a field makes their gradients
+            wrong.
 
     Raises:
         ValueError: a choice that is not known, or a number out of its range.

@@ -40,7 +40,8 @@ class Coupling(DiscreteTransform):
             two shapes; its module maps (x (B, *inputs), context (B, C) or None) to (B, *outputs),
             the first parameter of all that changes, then the second, ...: shifts, then raw scales,
             for "affine". Zeros are the identity. None takes a perceptron, or convolutions for
-            images, of the hidden layers and the activation above.
+            images, of the hidden layers and the activation above. The module must be a function
+            of each sample: dropout or batch norm in `train()` is refused, see `check_modules`.
         generator: source of a random mask.
 
     Shapes:

@@ -76,15 +76,15 @@ CONDITIONERS = [
 
 
 class WritingShift(cnf.transforms.Elementwise):
-    """x = z + p, in-place."""
+    """x = z + p + 1, in-place."""
 
     parameters = 1
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return z.add_(parameters[:, 0]), torch.zeros_like(z)
+        return z.add_(1 + parameters[:, 0]), torch.zeros_like(z)
 
     def inverse(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return x.sub_(parameters[:, 0]), torch.zeros_like(x)
+        return x.sub_(1 + parameters[:, 0]), torch.zeros_like(x)
 
 
 class WritingLayer(cnf.transforms.DiscreteTransform):
@@ -112,7 +112,7 @@ LAYERS = [
     Case(
         "an elementwise map of one's own writes",
         lambda: of_layer(Coupling(2, "halves", WritingShift())),
-        lambda x, c: standard_normal(x),
+        lambda x, c: standard_normal(x - torch.tensor([0.0, 1.0])),
         modes=EVERY,
     ),
 ]
