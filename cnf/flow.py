@@ -24,7 +24,7 @@ from cnf.transforms.continuous import CNF
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.inputs import check_like
 from cnf.transforms.regularization import check_regularization
-from cnf.user_modules import has_suspects, refuse_unfit
+from cnf.user_modules import has_suspects, refuse_unfit, to_check
 
 __all__ = ["Flow"]
 
@@ -516,7 +516,7 @@ class Flow(nn.Module):
 
     def _check_modules(self) -> None:
         """Refuse parts that are random or mix samples; most transforms look after their own."""
-        if self.check_modules and self.checked != self.training:
+        if self.check_modules and to_check(self):
             apart = (CNF, DiscreteTransform)
             refuse_unfit(self, type(self).__name__, _REMEDY, apart)
             if not (has_suspects(self, apart) or torch.compiler.is_compiling()):

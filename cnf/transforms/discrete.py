@@ -14,7 +14,15 @@ from cnf.fields.base import event_shape_of
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.inputs import check_context_like, check_event, check_like
-from cnf.user_modules import copies, drew, has_suspects, is_foreign, random_states, refuse_unfit
+from cnf.user_modules import (
+    copies,
+    drew,
+    has_suspects,
+    is_foreign,
+    random_states,
+    refuse_unfit,
+    to_check,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -141,10 +149,10 @@ class DiscreteTransform(Transform):
             x = x.reshape(n, *shape)
         if self.foreign:
             x, context = copies((x, context))  # it may write into them
-        if self.checked == self.training or not self.check_modules:
-            result = formula(x, context)
-        else:
+        if self.check_modules and to_check(self):
             result = self._checked(formula, x, context)
+        else:
+            result = formula(x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
         if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
