@@ -24,7 +24,7 @@ from cnf.transforms.continuous import CNF
 from cnf.transforms.discrete import DiscreteTransform
 from cnf.transforms.inputs import check_like
 from cnf.transforms.regularization import check_regularization
-from cnf.user_modules import has_suspects, refuse_unfit, to_check
+from cnf.user_modules import has_suspects, refuse_unfit
 
 __all__ = ["Flow"]
 
@@ -516,10 +516,11 @@ class Flow(nn.Module):
 
     def _check_modules(self) -> None:
         """Refuse parts that are random or mix samples; most transforms look after their own."""
-        if self.check_modules and to_check(self):
+        compiling = torch.compiler.is_compiling()
+        if self.check_modules and (compiling or self.checked != self.training):
             apart = (CNF, DiscreteTransform)
             refuse_unfit(self, type(self).__name__, _REMEDY, apart)
-            if not (has_suspects(self, apart) or torch.compiler.is_compiling()):
+            if not (compiling or has_suspects(self, apart)):
                 self.checked = self.training
 
     def _check_shape(self, x: Tensor) -> None:

@@ -23,7 +23,6 @@ __all__ = [
     "is_foreign",
     "random_states",
     "refuse_unfit",
-    "to_check",
     "tracked",
     "versions",
     "writes_unseen",
@@ -38,14 +37,6 @@ _SUSPECTS = (
     nn.FractionalMaxPool2d,
     nn.FractionalMaxPool3d,
 )
-
-
-def to_check(whole: Any) -> bool:
-    """Whether the parts of a module are to be looked at, now that it is in this training mode.
-
-    A graph is made once, and what was found earlier is no part of it.
-    """
-    return torch.compiler.is_compiling() or whole.checked != whole.training
 
 
 def has_suspects(root: nn.Module, skip: tuple[type[nn.Module], ...] = ()) -> bool:

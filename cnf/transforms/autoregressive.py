@@ -72,6 +72,7 @@ class MaskedAutoregressive(DiscreteTransform):
         if len(self.event_shape) != 1:
             raise ValueError(f"features={features!r} must be a number of dimensions D")
         self.elementwise = as_elementwise(elementwise)
+        self.lent = is_foreign(self.elementwise)  # whether it may write into what it is given
         order = _order(ordering, self.dims, generator)
         natural = isinstance(ordering, str) and ordering == "forward"
         self.register_buffer("order", None if natural else order)
@@ -93,14 +94,14 @@ class MaskedAutoregressive(DiscreteTransform):
         """z (B, D) and log |det dz/dx| (B,), in one pass."""
         x = _reordered(x, self.order)
         parameters = self.conditioner(x, context)
-        x = x.clone() if is_foreign(self.elementwise) else x  # it may write into it
+        x = x.clone() if self.lent else x
         z, log_slope = self.elementwise.inverse(x, parameters)
         return _reordered(z, self.back), log_slope.sum(1)
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, D) and log |det dx/dz| (B,), in D steps."""
         z = _reordered(z, self.order)
-        z = z.clone() if is_foreign(self.elementwise) else z  # it may write into it
+        z = z.clone() if self.lent else z
         walk = Walk(self.conditioner, context, z[:, :0])
         log_slopes = []
         for i in range(self.dims):

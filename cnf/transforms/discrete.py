@@ -14,15 +14,7 @@ from cnf.fields.base import event_shape_of
 from cnf.transforms.base import Choices, Transform, check_choices
 from cnf.transforms.context import check_context, expand_context
 from cnf.transforms.inputs import check_context_like, check_event, check_like
-from cnf.user_modules import (
-    copies,
-    drew,
-    has_suspects,
-    is_foreign,
-    random_states,
-    refuse_unfit,
-    to_check,
-)
+from cnf.user_modules import copies, drew, has_suspects, is_foreign, random_states, refuse_unfit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -149,7 +141,7 @@ class DiscreteTransform(Transform):
             x = x.reshape(n, *shape)
         if self.foreign:
             x, context = copies((x, context))  # it may write into them
-        if self.check_modules and to_check(self):
+        if self.check_modules and (torch.compiler.is_compiling() or self.checked != self.training):
             result = self._checked(formula, x, context)
         else:
             result = formula(x, context)
@@ -167,7 +159,8 @@ class DiscreteTransform(Transform):
         """What a formula returns; refused where this layer is seen to be no map of single samples.
 
         To look at every part takes longer than a small layer should, so it is done at the first
-        call, and whenever train() or eval() was called since, unless there is reason to doubt.
+        call, and whenever train() or eval() was called since, unless there is reason to doubt. What
+        was found earlier is no part of a graph, which is made once.
         """
         doubtful = has_suspects(self)
         if doubtful:
