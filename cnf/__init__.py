@@ -25,6 +25,12 @@ Conventions, the same everywhere:
   infinities, a fraction where an integer is due. A score is NaN where log_prob is -inf, and
   `transform.inverse(x)`, which has no log-determinant to say so, refuses x that no z is mapped to.
 - Noise is drawn once a solve, from an optional `torch.Generator`.
+- A module of yours (a field, a conditioner, an encoder in a flow) is a function of its arguments,
+  of each sample by itself. Dropout, batch norm in `train()`, random numbers drawn inside, and
+  writing into an argument of a field are errors, as is a field that changes between the two
+  evaluations of "checkpoint" or "adjoint"; other modules get copies to write into. To train with
+  dropout on purpose, set `check_modules = False` on the layer (`Solver(check_field=False)` for a
+  field). Reductions over the batch written by hand are found by `cnf.check` alone.
 - `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
   one exception is `cnf.transforms.BatchNorm`, which is defined by it.)
 - State and log-density are never below float32; time is float64 on the host.

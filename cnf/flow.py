@@ -553,10 +553,11 @@ class Flow(nn.Module):
 
     def _check_modules(self) -> None:
         """Refuse parts that are random or mix samples; most transforms look after their own."""
-        if self.check_modules and self.checked != self.training:
+        compiling = torch.compiler.is_compiling()
+        if self.check_modules and (compiling or self.checked != self.training):
             apart = (CNF, DiscreteTransform)
             refuse_unfit(self, type(self).__name__, _REMEDY, apart)
-            if not (has_suspects(self, apart) or torch.compiler.is_compiling()):
+            if not (compiling or has_suspects(self, apart)):
                 self.checked = self.training
 
     def _check_shape(self, x: Tensor) -> None:

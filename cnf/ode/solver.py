@@ -53,8 +53,9 @@ class Solver:
             runs eagerly, after a warning. `torch.compile(flow)` leaves solves out of its graph, and
             gives the same numbers as without it: this compiles their steps, inside it or outside.
         check_field: refuse a field that is not a function of (t, x): dropout or batch norm in
-            training, random numbers drawn in it. Without the check, a random field makes the
-            gradients of "checkpoint" and "adjoint" wrong: they evaluate it anew.
+            training, random numbers drawn in it, other values where "checkpoint" or "adjoint"
+            evaluate it again in backward. Without the check such a field makes their gradients
+            wrong.
 
     Raises:
         ValueError: a choice that is not known, or a number out of its range.

@@ -72,7 +72,7 @@ class MaskedAutoregressive(DiscreteTransform):
         if len(self.event_shape) != 1:
             raise ValueError(f"features={features!r} must be a number of dimensions D")
         self.elementwise = as_elementwise(elementwise)
-        self.foreign |= is_foreign(self.elementwise)
+        self.lent = is_foreign(self.elementwise)  # whether it may write into what it is given
         order = _order(ordering, self.dims, generator)
         natural = isinstance(ordering, str) and ordering == "forward"
         self.register_buffer("order", None if natural else order)
@@ -93,12 +93,15 @@ class MaskedAutoregressive(DiscreteTransform):
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, D) and log |det dz/dx| (B,), in one pass."""
         x = _reordered(x, self.order)
-        z, log_slope = self.elementwise.inverse(x, self.conditioner(x, context))
+        parameters = self.conditioner(x, context)
+        x = x.clone() if self.lent else x
+        z, log_slope = self.elementwise.inverse(x, parameters)
         return _reordered(z, self.back), log_slope.sum(1)
 
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, D) and log |det dx/dz| (B,), in D steps."""
         z = _reordered(z, self.order)
+        z = z.clone() if self.lent else z
         walk = Walk(self.conditioner, context, z[:, :0])
         log_slopes = []
         for i in range(self.dims):

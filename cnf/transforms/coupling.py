@@ -40,7 +40,8 @@ class Coupling(DiscreteTransform):
             two shapes; its module maps (x (B, *inputs), context (B, C) or None) to (B, *outputs),
             the first parameter of all that changes, then the second, ...: shifts, then raw scales,
             for "affine". Zeros are the identity. None takes a perceptron, or convolutions for
-            images, of the hidden layers and the activation above.
+            images, of the hidden layers and the activation above. The module must be a function
+            of each sample: dropout or batch norm in `train()` is refused, see `check_modules`.
         generator: source of a random mask.
 
     Shapes:
@@ -73,7 +74,7 @@ class Coupling(DiscreteTransform):
     ) -> None:
         super().__init__(features, context)
         self.elementwise = as_elementwise(elementwise)
-        self.foreign |= is_foreign(self.elementwise)
+        self.lent = is_foreign(self.elementwise)  # whether it may write into what it is given
         mask = make_mask(mask, features, generator)
         self.parts = _Halves(mask) if _by_first_dimension(mask) else _Pixels(mask)
         kept, changed = self.parts.shapes
@@ -99,21 +100,23 @@ class Coupling(DiscreteTransform):
     def to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, *event) and log |det dx/dz| (B,)."""
         kept, changed = self.parts.split(z)
+        changed = changed.clone() if self.lent else changed
         x, log_slope = self.elementwise.forward(changed, self._predict(kept, changed, context))
         return self.parts.join(kept, x, log_slope)
 
     def to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, *event) and log |det dz/dx| (B,)."""
         kept, changed = self.parts.split(x)
+        changed = changed.clone() if self.lent else changed
         z, log_slope = self.elementwise.inverse(changed, self._predict(kept, changed, context))
         return self.parts.join(kept, z, log_slope)
 
     def _predict(self, kept: Tensor, changed: Tensor, context: Tensor | None) -> Tensor:
         """(B, P, *changed)."""
-        given = (kept, context)
-        if is_foreign(self.conditioner):
-            given = copies(given)  # it may write into them
-        raw: Tensor = self.conditioner(*given)
+        conditioner = self.conditioner
+        if is_foreign(conditioner):
+            kept, context = copies((kept, context))  # it may write into them
+        raw: Tensor = conditioner(kept, context)
         n = self.elementwise.parameters
         if raw.shape[1:] != self.outputs or raw.shape[0] != kept.shape[0]:
             raise ValueError(

@@ -141,10 +141,10 @@ class DiscreteTransform(Transform):
             x = x.reshape(n, *shape)
         if self.foreign:
             x, context = copies((x, context))  # it may write into them
-        if self.checked == self.training or not self.check_modules:
-            result = formula(x, context)
-        else:
+        if self.check_modules and (torch.compiler.is_compiling() or self.checked != self.training):
             result = self._checked(formula, x, context)
+        else:
+            result = formula(x, context)
         other = self.base_shape if shape is self.event_shape else self.event_shape
         if not _has_shapes(result, (n, *other)):
             raise self._wrong_result(formula, result, (n, *other))
@@ -159,7 +159,8 @@ class DiscreteTransform(Transform):
         """What a formula returns; refused where this layer is seen to be no map of single samples.
 
         To look at every part takes longer than a small layer should, so it is done at the first
-        call, and whenever train() or eval() was called since, unless there is reason to doubt.
+        call, and whenever train() or eval() was called since, unless there is reason to doubt. What
+        was found earlier is no part of a graph, which is made once.
         """
         doubtful = has_suspects(self)
         if doubtful:

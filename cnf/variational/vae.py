@@ -25,7 +25,8 @@ class VAE(nn.Module):
         log p(x) >= E_q[ log p(x | z) + log p(z) - log q(z | x) ],    q(z | x) = flow(z; encoder(x))
 
     Args:
-        encoder: from data x (B, *event) to the posterior's context h (B, C).
+        encoder: from data x (B, *event) to the posterior's context h (B, C). It may drop at random
+            or normalize over the batch in `train()`: any context gives a bound.
         posterior: a flow of vectors z (D,) with context, such as `posterior(kind, D, C)`.
         decoder: the likelihood of x given z, such as `Bernoulli(network)`.
         prior: p(z): a base, a torch distribution, or a flow without context, whose parameters are
