@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import cnf
 from cnf import calibration, data, variational
@@ -22,6 +23,12 @@ from cnf import transforms as layer
 SECONDS = 5.0
 NAN = float("nan")
 ERRORS = (ValueError, TypeError, RuntimeError, cnf.SolverError)
+
+
+def elsewhere(*shape: int) -> Tensor:
+    """A tensor that says it is on a GPU, on machines without one too."""
+    with FakeTensorMode():
+        return torch.empty(*shape, device="cuda")
 
 
 class Case(NamedTuple):
@@ -123,9 +130,12 @@ def inputs() -> Iterator[Case]:
     both = ("torch.float32", "torch.float64", "x.to(", "module.to(")
     yield Case("x-float64", lambda: flow().log_prob(points().double()), TypeError, both)
     yield Case("x-float32", lambda: flow().double().log_prob(points()), TypeError, both)
-    both = ("meta", "cpu", "x.to(", "module.to(")
-    yield Case("x-device", lambda: flow().log_prob(points().to("meta")), ValueError, both)
-    yield Case("module-device", lambda: flow().to("meta").log_prob(points()), ValueError, both)
+    both = ("cuda:0", "cpu", "x.to(", "module.to(")
+    yield Case("x-device", lambda: flow().log_prob(elsewhere(3, 2)), ValueError, both)
+    words = ("x", "meta", "no values", "device='cpu'")
+    yield Case("x-meta", lambda: flow().log_prob(points().to("meta")), TypeError, words)
+    words = ("parameters", "meta", "to_empty(device='cpu')", "load_state_dict")
+    yield Case("module-meta", lambda: flow().to("meta").log_prob(points()), ValueError, words)
     for shape in ((5, 3), (3,), (), (2, 1)):
         yield Case(
             f"x-shape-{shape}",
@@ -207,9 +217,8 @@ def contexts() -> Iterator[Case]:
     yield Case(
         "context-dtype", lambda: asks.log_prob(x, torch.zeros(5, 3).double()), TypeError, words
     )
-    words = ("context", "meta", "cpu", "context.to(x)")
-    meta = torch.zeros(5, 3, device="meta")
-    yield Case("context-device", lambda: asks.log_prob(x, meta), ValueError, words)
+    words = ("context", "cuda:0", "cpu", "context.to(x)")
+    yield Case("context-device", lambda: asks.log_prob(x, elsewhere(5, 3)), ValueError, words)
     yield Case(
         "context-nan",
         lambda: asks.log_prob(x, spoilt(NAN, shape=(5, 3))),
@@ -512,10 +521,12 @@ def layers() -> Iterator[Case]:
         )
         both = ("torch.float32", "torch.float64", "x.to(", "module.to(")
         yield Case(f"{name}-x-f64", lambda m=make: m().log_prob(x.double()), TypeError, both)
-        meta = ("meta", "cpu", "x.to(")
-        yield Case(f"{name}-x-device", lambda m=make: m().log_prob(x.to("meta")), ValueError, meta)
+        both = ("cuda:0", "cpu", "x.to(")
+        far = elsewhere(*x.shape)
+        yield Case(f"{name}-x-device", lambda m=make, far=far: m().log_prob(far), ValueError, both)
+        meta = ("parameters", "meta", "to_empty")
         yield Case(
-            f"{name}-module-device", lambda m=make: m().to("meta").log_prob(x), ValueError, meta
+            f"{name}-module-meta", lambda m=make: m().to("meta").log_prob(x), ValueError, meta
         )
         yield Case(
             f"{name}-x-shape", lambda m=make: m().log_prob(points(5, 3)), ValueError,
