@@ -33,6 +33,8 @@ Conventions, the same everywhere:
   field). Reductions over the batch written by hand are found by `cnf.check` alone.
 - `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
   one exception is `cnf.transforms.BatchNorm`, which is defined by it.)
+- Modes of PyTorch change no number: under `torch.func.vmap` the samples share the steps of the
+  worst one, as they do in a batch, and `torch.compile` leaves a solve out of its graph.
 - State and log-density are never below float32; time is float64 on the host.
 - Statistics are plain values, collected by `record_solves()`.
 """

@@ -25,10 +25,19 @@ def test_the_choices_of_the_solver_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "log-det" in capsys.readouterr().out
 
 
-def test_estimates_and_the_comparison_run(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # hessian's own
+def test_the_modes_of_torch_run() -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[0], names)
     exec(BLOCKS[2], names)
+    assert names["curvature"].shape == (8, 2, 2)
+    assert names["ensemble"].shape == (3, 1000)
+
+
+def test_estimates_and_the_comparison_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[3], names)
     assert names["stderr"].shape == (256,)
     assert "Hutchinson" in capsys.readouterr().out
 
@@ -36,7 +45,7 @@ def test_estimates_and_the_comparison_run(capsys: pytest.CaptureFixture[str]) ->
 def test_a_closed_form_of_your_own_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[0], names)
-    exec(BLOCKS[3], names)
+    exec(BLOCKS[4], names)
     assert names["flow"].transform.divergence == names["cnf"].Exact()
     assert names["report"].ok, str(names["report"])
 
@@ -44,21 +53,21 @@ def test_a_closed_form_of_your_own_runs(capsys: pytest.CaptureFixture[str]) -> N
 def test_discrete_flows_run() -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[0], names)
-    exec(BLOCKS[4], names)
+    exec(BLOCKS[5], names)
     assert names["log_prob"].shape == (512,)
 
 
 def test_flows_of_integers_run() -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[0], names)
-    exec(BLOCKS[5], names)
+    exec(BLOCKS[6], names)
     assert names["bits"].shape == names["stderr"].shape == (32,)
     assert str(names["images"].dtype) == "torch.uint8"
 
 
 def test_ways_to_train_run(recwarn: pytest.WarningsRecorder) -> None:
     names: dict[str, object] = {}
-    for block in (0, 6, 7, 8):
+    for block in (0, 7, 8, 9):
         exec(BLOCKS[block], names)
     assert "effective samples" in str(names["estimate"])
     assert names["bound"].shape == (10,)
@@ -80,5 +89,5 @@ def test_own_fields_run() -> None:
             return torch.tanh(self.layer(x)) * t
 
     names = {"torch": torch, "cnf": cnf, "my_conv_net": Convolution()}
-    exec(BLOCKS[9], names)
+    exec(BLOCKS[10], names)
     assert names["flow"].log_prob(torch.randn(2, 1, 28, 28)).shape == (2,)

@@ -31,7 +31,8 @@ def linearised(
     trace: Callable[[Products], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """f and a function of its Jacobian, with a graph only where a gradient can be asked."""
-    return _linearised(lambda x: (field(t, x, context), ()), x, lambda products, _: trace(products))
+    call = field.__call__  # see `evaluate` of cnf.ode.rhs
+    return _linearised(lambda x: (call(t, x, context), ()), x, lambda products, _: trace(products))
 
 
 def with_product(

@@ -136,7 +136,9 @@ def evaluate(
     per_sample: bool = True,
 ) -> Derivative:
     """f(t, x, *args, *shared) as (dx, dq), refused unless shapes, dtypes and devices are right."""
-    result = _with_own_times(f, t, x, args, shared) if t.ndim else f(t, x, *args, *shared)
+    # torch 2.6 compiles anew for every object that is called as f(...), but not for its methods.
+    call = f.__call__ if hasattr(f, "identity") else f
+    result = _with_own_times(f, t, x, args, shared) if t.ndim else call(t, x, *args, *shared)
     dx, dq = result if isinstance(result, tuple) else (result, None)
     dx = _like(dx, x, "dx")
     if dx.shape != x.shape:
