@@ -16,6 +16,7 @@ __all__ = [
     "check_dense",
     "check_number",
     "check_positive",
+    "check_values",
     "compiling",
     "exporting",
     "tracing",
@@ -86,13 +87,21 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_dense(x: Tensor, name: str) -> None:
-    """Refuse a tensor that holds no values, one for each place.
+    """Refuse a sparse tensor.
 
     Raises:
-        TypeError: a sparse tensor, or one on the meta device.
+        TypeError: naming the remedy.
     """
     if x.layout is not torch.strided:
         raise TypeError(f"{name} is a sparse tensor ({x.layout}); use {name}.to_dense()")
+
+
+def check_values(x: Tensor, name: str) -> None:
+    """Refuse a tensor without values, on the meta device.
+
+    Raises:
+        TypeError: naming the remedy.
+    """
     if x.is_meta:
         raise TypeError(
             f"{name} is on the meta device, where tensors have no values; make it on another, "

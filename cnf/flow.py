@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from cnf.base import Base, DistributionBase, as_base
 from cnf.bits import bits_per_dim
-from cnf.checks import check_bool, check_count, tracing
+from cnf.checks import check_bool, check_count, check_values, tracing
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence, Exact, as_divergence
 from cnf.ode import Solver, TorchDiffEq
@@ -640,6 +640,7 @@ def _far(x: Tensor, batch_dims: int) -> Tensor | None:
         ValueError: x not finite.
     """
     bound = torch.finfo(x.dtype).max ** 0.4
+    check_values(x, "x")
     if not tracing() and x.numel():
         size = torch.linalg.vector_norm(x.detach(), torch.inf).item()
         if size < bound:

@@ -129,7 +129,9 @@ def _ends(distribution: Distribution) -> tuple[Tensor, Tensor, Tensor] | None:
     low, high = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
     if support is None or support.is_discrete or (low is None and high is None):
         return None
-    like = next((t for t in vars(base).values() if isinstance(t, Tensor)), torch.empty(()))
+    like = next(
+        (t for t in vars(base).values() if isinstance(t, Tensor)), torch.empty((), device="cpu")
+    )
     low, high = (
         torch.as_tensor(default if end is None else end, dtype=like.dtype, device=like.device)
         for end, default in ((low, -torch.inf), (high, torch.inf))

@@ -132,8 +132,11 @@ def inputs() -> Iterator[Case]:
     yield Case("x-float32", lambda: flow().double().log_prob(points()), TypeError, both)
     both = ("cuda:0", "cpu", "x.to(", "module.to(")
     yield Case("x-device", lambda: flow().log_prob(elsewhere(3, 2)), ValueError, both)
+    both = ("meta", "cpu", "x.to(", "module.to(")
+    yield Case("x-meta", lambda: flow().log_prob(points().to("meta")), ValueError, both)
     words = ("x", "meta", "no values", "device='cpu'")
-    yield Case("x-meta", lambda: flow().log_prob(points().to("meta")), TypeError, words)
+    meta = points().to("meta")
+    yield Case("all-meta", lambda: flow().to("meta").log_prob(meta), TypeError, words)
     words = ("parameters", "meta", "to_empty(device='cpu')", "load_state_dict")
     yield Case("module-meta", lambda: flow().to("meta").log_prob(points()), ValueError, words)
     for shape in ((5, 3), (3,), (), (2, 1)):

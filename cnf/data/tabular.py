@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cnf.checks import check_dense
+from cnf.checks import check_dense, check_values
 from cnf.data.gaussian import gaussian_log_prob
 from cnf.data.read import as_matrix, check_finite, read_table
 
@@ -136,6 +136,7 @@ def as_array(data: NDArray[Any] | Tensor) -> NDArray[Any]:
     if not isinstance(data, Tensor):
         return data
     check_dense(data, "data")
+    check_values(data, "data")
     x = data.detach().cpu()
     return (x.double() if x.is_floating_point() else x).numpy()  # NumPy has no bfloat16
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from cnf.checks import tracing
@@ -58,7 +57,7 @@ def of_survivors(
         if total - left > _SHARE * total:
             break
         if left == good.numel():
-            log_terms(failed_samples=torch.tensor(float(total - left)))
+            log_terms(failed_samples=found[0].new_tensor(float(total - left)))
             return found
         context = None if context is None else expand_context(context, good.shape)[good]
         x = x[good]

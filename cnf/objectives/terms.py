@@ -22,6 +22,7 @@ def log_terms(**terms: Tensor) -> None:
     It costs nothing where nobody does. `fit` writes them into its log.
 
     Example:
+        >>> import torch
         >>> with record_terms() as terms:
         ...     log_terms(kinetic_energy=torch.tensor(2.0))
         >>> terms
@@ -40,7 +41,7 @@ def record_terms() -> Iterator[dict[str, float]]:
     A name told twice has its last value.
 
     Example:
-        >>> import cnf
+        >>> import cnf, torch
         >>> objective = cnf.MaximumLikelihood(cnf.FFJORD(2))
         >>> with record_terms() as terms:
         ...     loss = objective(torch.randn(16, 2))

@@ -83,8 +83,8 @@ class AdjointSolve:
     ) -> tuple[Tensor, Tensor]:
         """a at the start time, and the parameters' gradients in one vector."""
         n = self.stepper.f.batch_dims
-        self._check_start(start)
         stats = backward_stats(self.stepper.f.stats, self.recorders)
+        self._check_start(start, stats)
         inner = self.evaluate(SolveStats("scratch", stats.method, stats.t0, stats.t1))
 
         def augmented(t: Tensor, y: Tensor) -> Derivative:
@@ -114,11 +114,11 @@ class AdjointSolve:
         self._check_drift(start, y.x.select(n, 0))
         return y.x.select(n, 1), x.new_zeros(0) if y.q is None else y.q
 
-    def _check_start(self, start: Tensor) -> None:
-        """Refuse a field that is not there what it was: one evaluation more, uncounted."""
+    def _check_start(self, start: Tensor, stats: SolveStats) -> None:
+        """Refuse a field that is not there what it was, by one evaluation more."""
         if self.first is None:
             return
-        f = self.stepper.f.counting(SolveStats("scratch", "", 0.0, 0.0))
+        f = self.stepper.f.counting(stats)
         with torch.no_grad():
             t = Clock(self.clock.start, self.clock.end).times([self.clock.start], start)[0]
             dx, _ = f(t, start)

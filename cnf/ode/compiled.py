@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.control import Tolerance, first_step
-from cnf.ode.inductor import options
+from cnf.ode.inductor import inductor
 from cnf.ode.methods import Coefficients
 from cnf.ode.rhs import Derivative, Function, RightHandSide, evaluate
 from cnf.ode.stats import SolveStats
@@ -43,9 +43,11 @@ def _inputs(f: RightHandSide) -> Inputs:
 
 
 def _evaluation(f: Inputs, t: Tensor, x: Tensor) -> Derivative:
-    # The field gets copies of its own, which cost nothing in a graph: it may write into them.
-    args, shared = copies(f.args), copies(f.shared)
-    return evaluate(f.f, t.clone(), x.clone(), args, shared, f.batch_dims)
+    # A function gets copies of its own, which cost nothing in a graph: it may write into them.
+    args, shared = f.args, f.shared
+    if not hasattr(f.f, "identity"):
+        t, args, shared = t.clone(), copies(args), copies(shared)
+    return evaluate(f.f, t, x.clone(), args, shared, f.batch_dims)
 
 
 def _start(
@@ -231,7 +233,7 @@ class _Program:
         code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
         own = types.FunctionType(code, function.__globals__, code.co_name)
         self.eager = function
-        self.compiled = torch.compile(own, fullgraph=True, options=options(device))
+        self.compiled = torch.compile(own, fullgraph=True, backend=inductor(device))
         self.failed = False
 
     def __call__(self, *args: Any) -> Any:

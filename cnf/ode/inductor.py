@@ -6,13 +6,14 @@ rational approximation here is off by at most 4e-7 and takes a quarter of the ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["options"]
+__all__ = ["inductor", "options"]
 
 aten = torch.ops.aten
 
@@ -35,8 +36,27 @@ _DENOMINATOR = (
 )
 
 
+def inductor(device: str) -> Callable[[GraphModule, list[Tensor]], Any]:
+    """The backend of torch.compile for a device: Inductor, with its options and a mend.
+
+    What a graph saves for its backward pass is "donated": backward may reuse its memory. A copy of
+    an input, which Inductor leaves out, is then the input itself: torch 2.13 overwrites it, and
+    every later use of it, such as of the noise that all steps share, is silently wrong.
+    """
+    import torch._functorch.config as functorch
+
+    backend, chosen = torch._dynamo.lookup_backend("inductor"), options(device)
+    mended = {"donated_buffer": False} if hasattr(functorch, "donated_buffer") else {}
+
+    def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Any:
+        with functorch.patch(mended):
+            return backend(graph, inputs, config_patches=chosen)
+
+    return compile_graph
+
+
 def options(device: str) -> dict[str, Any] | None:
-    """The options of torch.compile for a device; None for its defaults."""
+    """The options of Inductor for a device; None for its defaults."""
     if device != "cpu":
         return None
     try:

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cnf.checks import check_dense, tracing
+from cnf.checks import check_dense, check_values, tracing
 from cnf.ode.step import Clock, time_dtype
 
 __all__ = ["check_finite", "check_floating", "check_state", "clock_of"]
@@ -26,8 +26,7 @@ def check_floating(x: Tensor, name: str = "x") -> None:
     """Refuse what is not a float32 or float64 tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; use torch.as_tensor")
-    if x.layout is not torch.strided or x.is_meta:
-        check_dense(x, name)
+    check_dense(x, name)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; "
@@ -40,6 +39,7 @@ def check_finite(x: Tensor, batch_dims: int, name: str = "x") -> None:
 
     Nothing is refused where values cannot be looked at, as under torch.func.vmap.
     """
+    check_values(x, name)
     if tracing() or math.isfinite(x.detach().sum().item()):  # one that overflows proves nothing
         return
     rows = ~x.detach().isfinite().unsqueeze(-1).flatten(batch_dims).all(-1)

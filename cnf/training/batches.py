@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cnf.checks import check_dense
+from cnf.checks import check_dense, check_values
 
 __all__ = [
     "AugmentedBatches",
@@ -269,6 +269,7 @@ def _checked_columns(rows: Batch) -> tuple[Tensor, ...]:
 
 def _check_rows(rows: Tensor) -> None:
     check_dense(rows, "train")
+    check_values(rows, "train")
     if rows.dim() < 1 or rows.numel() == 0:
         raise ValueError(f"train must hold at least one row, got shape {tuple(rows.shape)}")
     bad = (~rows.isfinite()).reshape(len(rows), -1).any(dim=1)  # (N,)

@@ -15,7 +15,7 @@ def check_context(context: Tensor) -> None:
     """Refuse what is not a tensor (..., C).
 
     Raises:
-        TypeError: not a tensor, or a sparse or meta one.
+        TypeError: not a tensor, or a sparse one.
         ValueError: a tensor without dimensions.
     """
     if not isinstance(context, Tensor):

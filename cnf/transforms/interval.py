@@ -149,7 +149,7 @@ class Interval(Transform):
         """The formulas of a direction, each where its ends are."""
         if len(self.kinds) == 1:
             return FORMULAS[self.kinds[0]][direction](x, self.low, self.high)
-        low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
+        low, high = (torch.as_tensor(end, device=x.device) for end in (self.low, self.high))
         finite = low.isfinite(), high.isfinite()
         value, log_det = x, torch.zeros_like(x)
         for kind in self.kinds:

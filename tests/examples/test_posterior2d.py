@@ -17,7 +17,10 @@ from cnf.plotting import plot_energies
 SMALL = ["--batch-size", "20", "--device", "cpu", "--test-size", "100", "--threads", "1"]
 FFJORD = ["--hidden", "4", "--rtol", "1e-1", "--atol", "1e-1"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:the effective sample size:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the effective sample size:RuntimeWarning",
+    "ignore:the largest of .* weights have a Pareto shape:RuntimeWarning",
+)
 
 
 def test_every_flow_is_fitted_to_a_target_and_drawn(tmp_path, run_here):

@@ -162,6 +162,7 @@ def test_nan_that_no_solver_chose_stays_in_the_loss() -> None:
     assert cnf.MaximumLikelihood(discrete)(x).isnan()
 
 
+@pytest.mark.filterwarnings("ignore:the data are far from the base:RuntimeWarning")
 def test_a_run_goes_on_and_its_log_tells_the_failures(tmp_path) -> None:
     flow, x = problem("layers", SOLVERS["rk4"])
     fit(cnf.MaximumLikelihood(flow), x, steps=3, batch_size=20, out=tmp_path, log_every=1)
