@@ -31,7 +31,7 @@ def linearised(
     trace: Callable[[Products], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """f and a function of its Jacobian, with a graph only where a gradient can be asked."""
-    call = field.__call__  # see `evaluate` of cnf.ode.rhs
+    call = field.__call__ if hasattr(field, "forms_checked") else field  # see cnf.ode.rhs.evaluate
     return _linearised(lambda x: (call(t, x, context), ()), x, lambda products, _: trace(products))
 
 

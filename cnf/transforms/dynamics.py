@@ -114,7 +114,7 @@ class Dynamics:
         constants: tuple[Tensor, ...],
     ) -> Derivative:
         if self.divergence is None:
-            return field.__call__(t, x, context), None  # see `evaluate` of cnf.ode.rhs
+            return field.__call__(t, x, context), None  # see cnf.ode.rhs.evaluate
         given = None if self.layout is None else _arranged(self.layout, iter(constants))
         square = None
         if self.uses_jacobian:
