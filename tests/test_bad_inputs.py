@@ -264,7 +264,7 @@ def test_the_exact_trace_runs_in_three_thousand_dimensions(features) -> None:
 
 NO_VALUES = {
     "sparse": (torch.eye(2).to_sparse(), r"is a sparse tensor .*\.to_dense\(\)"),
-    "meta": (torch.zeros(2, 2, device="meta"), "is on the meta device, .* device='cpu'"),
+    "meta": (torch.zeros(2, 2, device="meta"), "is on (the )?meta.*cpu"),
 }
 
 
@@ -282,7 +282,7 @@ def test_tensors_without_values_are_refused(kind) -> None:
         "odeint": lambda: cnf.odeint(lambda t, x: -x, x, 0.0, 1.0),
     }
     for name, call in calls.items():
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             pytest.fail(f"{name}: {call()}")
 
 

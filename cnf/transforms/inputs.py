@@ -92,7 +92,7 @@ def check_like(x: Tensor, module: nn.Module) -> None:
     own = _first_tensor(module)
     if own is None:
         return
-    if own.is_meta:
+    if own.is_meta and not x.is_meta:
         raise ValueError(
             "the parameters are on the meta device, where tensors have no values; use "
             f"module.to_empty(device={str(x.device)!r}) and load_state_dict"
