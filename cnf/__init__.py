@@ -30,7 +30,8 @@ Conventions, the same everywhere:
   writing into an argument of a field are errors, as is a field that changes between the two
   evaluations of "checkpoint" or "adjoint"; other modules get copies to write into. To train with
   dropout on purpose, set `check_modules = False` on the layer (`Solver(check_field=False)` for a
-  field). Reductions over the batch written by hand are found by `cnf.check` alone.
+  field). Reductions over the batch written by hand are found by `cnf.check` alone, where a flow
+  has a `CNF`.
 - `train()` and `eval()` choose no algorithm: estimator, solver and gradient are arguments. (The
   one exception is `cnf.transforms.BatchNorm`, which is defined by it.)
 - Modes of PyTorch change no number: under `torch.func.vmap` the samples share the steps of the

@@ -133,6 +133,9 @@ class _Positive(constraints.Constraint):
         self.distribution = distribution
         self.event_dim = len(distribution.event_shape)
 
+    def __repr__(self) -> str:
+        return "PositiveDensity()"
+
     def check(self, value: Tensor) -> Tensor:
         """Whether log p > -inf (*sample, *batch); not so for NaN."""
         d = self.distribution

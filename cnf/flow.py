@@ -29,8 +29,8 @@ from cnf.user_modules import has_suspects, refuse_unfit
 __all__ = ["Flow"]
 
 _REMEDY = (
-    "log_prob is then not the density of one distribution: use flow.eval(), leave the module out "
-    "(nn.LayerNorm normalizes each sample by itself), or set check_modules = False on the flow"
+    "log_prob is then not the density of one distribution: leave the module out, put it into "
+    "eval(), take nn.LayerNorm for a batch norm, or set check_modules = False on the flow"
 )
 
 
@@ -365,6 +365,11 @@ class Flow(nn.Module):
         """
         self._check_shape(x)
         self._check_real("score", "they have no density to differentiate")
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "score takes its own derivative, which cannot be used under torch.func; there use "
+                "torch.func.grad of log_prob: vmap(grad(lambda x: flow.log_prob(x[None])[0]))(x)"
+            )
         choices = _choices(divergence, solver, generator)
         with torch.inference_mode(False), torch.enable_grad():
             if not (create_graph and x.requires_grad):

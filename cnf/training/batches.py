@@ -236,7 +236,10 @@ def make_batches(
             )
         return NoBatches(seed=seed)
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        raise ValueError(
+            f"batch_size must be a positive integer where there is data, got {batch_size!r}; use "
+            "such as batch_size=256"
+        )
     batches: Batches
     if isinstance(train, (Tensor, tuple)):
         batches = ShuffledRows(train, batch_size=batch_size, seed=seed)

@@ -45,8 +45,8 @@ def look_at(objective: nn.Module, batch: tuple[Tensor, ...]) -> None:
         warn(
             f"the data are far from the base of the flow: {found}. Training is slow, or fails, to "
             "take the samples there: standardize the data, as cnf.data.split_table does, or end "
-            "the flow with a layer that does it, cnf.transforms.Diagonal(event_shape) after "
-            ".initialize(x) and .requires_grad_(False)"
+            "the flow with a layer that does it, end = cnf.transforms.Diagonal(event_shape), after "
+            "end.initialize(x) and end.requires_grad_(False)"
         )
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["DiscreteTransform", "check_context_size"]
 
 _REMEDY = (
-    "the flow is then not one map with one density: use flow.eval(), leave it out (nn.LayerNorm "
-    "normalizes each sample by itself), or set check_modules = False on the layer to train so"
+    "the flow is then not one map with one density: leave it out, put it into eval() (fit puts the "
+    "whole flow into train()), take nn.LayerNorm for a batch norm, or set check_modules = False on "
+    "this {layer} to train with it"
 )
 
 Formula = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -162,15 +163,17 @@ class DiscreteTransform(Transform):
         call, and whenever train() or eval() was called since, unless there is reason to doubt. What
         was found earlier is no part of a graph, which is made once.
         """
+        name = type(self).__name__
+        remedy = _REMEDY.format(layer=name)
         doubtful = has_suspects(self)
         if doubtful:
-            refuse_unfit(self, type(self).__name__, _REMEDY)
+            refuse_unfit(self, name, remedy)
         if torch.compiler.is_compiling():
             return formula(x, context)
         before = random_states(x)
         result = formula(x, context)
         if drew(before, x):
-            raise ValueError(f"this {type(self).__name__} drew random numbers; {_REMEDY}")
+            raise ValueError(f"this {name} drew random numbers; {remedy}")
         self.checked = None if doubtful else self.training
         return result
 

@@ -249,7 +249,7 @@ def _check_numbers(low: object, high: object) -> None:
         if math.isnan(end):  # type: ignore[arg-type]
             raise ValueError(f"{name}={end!r} must be a number, infinite for a half-line")
     if not low < high:  # type: ignore[operator]
-        raise ValueError(f"low={low!r} must be less than high={high!r}; swap them")
+        raise ValueError(f"low={low!r} must be less than high={high!r}; swap or change them")
 
 
 def _as_tensors(low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
