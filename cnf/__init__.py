@@ -22,7 +22,8 @@ Conventions, the same everywhere:
 - Outside the support of a flow, where its density is zero, log_prob is -inf: beyond the ends of an
   `Interval`, of a base of bounded support, of the levels of integers; the other rows of a batch
   keep their values. Values that no data could be are errors where values can be looked at: NaN and
-  infinities, a fraction where an integer is due. A score is NaN where log_prob is -inf, and
+  infinities, a fraction where an integer is due. Where log_prob is -inf its
+  gradient is zero, and `flow.score` is NaN;
   `transform.inverse(x)`, which has no log-determinant to say so, refuses x that no z is mapped to.
 - Noise is drawn once a solve, from an optional `torch.Generator`.
 - A module of yours (a field, a conditioner, an encoder in a flow) is a function of its arguments,

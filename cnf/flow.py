@@ -141,8 +141,9 @@ class Flow(nn.Module):
         noise is at most log P(x).
 
         Outside the support, where the density is zero, it is -inf: no error, and no change to the
-        other rows. A base of bounded support is widened by the error of a solve, 50 times the
-        solver's tolerance (of the width of an interval, of the standard deviation on a half-line).
+        other rows. A base on intervals or half-lines is widened by the error of a solve, 50 times
+        the solver's tolerance (of the width of an interval, of the standard deviation on a
+        half-line).
         Rows so far out that a discrete flow overflows on its way to the base are -inf, too.
 
         Args:
@@ -204,7 +205,10 @@ class Flow(nn.Module):
     def _joined(self, z: Tensor, log_det: Tensor, choices: Choices) -> Tensor:
         """log p_0(z) + log_det (*batch,) for z that the transform computed."""
         if not (isinstance(self.base, DistributionBase) and self.base.bounded):
-            return self.base.log_prob(z) + log_det
+            log_prob = self.base.log_prob(z) + log_det
+            if self.transform.bounded:  # no gradient, where only some numbers lie outside, too
+                log_prob = log_prob.masked_fill(log_det == -torch.inf, -torch.inf)
+            return log_prob
         parts = (part for part in self.transform.modules() if isinstance(part, CNF))
         solvers = [as_solver(choices.get("solver", part.solver)) for part in parts]
         tolerances = [max(solver.rtol, solver.atol) for solver in solvers]

@@ -105,9 +105,9 @@ def _values(x: Tensor, columns: Sequence[int]) -> tuple[set[int], list[str]]:
     if which:
         found.append(
             f"{_listed([columns[i] for i in which])} few values, {int(distinct[which].min())} in "
-            f"{len(x)} rows: end the flow of counts and categories in cnf.Sigmoid(columns=...) and "
-            "cnf.UniformDequantization(levels) (None for columns of real numbers), give such columns "
-            "as context, or leave them out"
+            f"{len(x)} rows: end a flow of counts and categories in cnf.Sigmoid(columns=...) and "
+            "cnf.UniformDequantization(levels) (None for columns of real numbers), give such "
+            "columns as context, or leave them out"
         )
     if other:
         found.append(

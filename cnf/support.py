@@ -105,6 +105,7 @@ def _inside(distribution: Distribution, z: Tensor) -> Tensor:
         for transform in reversed(_parts(made.transforms)):
             inside = inside & _all(transform.codomain.check(z), inside.ndim)
             z = transform.inv(z)
+            inside = inside & _all(z.isfinite(), inside.ndim)  # an end, such as 1 of tanh
         return inside & _all(_inside(made.base_dist, z), inside.ndim)
     if isinstance(distribution, MixtureSameFamily):  # torch asks that all components hold z
         n = len(distribution.event_shape)

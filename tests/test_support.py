@@ -326,3 +326,36 @@ def test_context_that_is_not_finite_of_integers() -> None:
     context[1] = math.nan
     log_prob = flow.log_prob(torch.ones(3, 2, dtype=int), context, on_nonfinite="nan")
     assert log_prob.isnan().tolist() == [False, True, False]
+
+
+def test_the_end_of_a_half_line_belongs_to_the_support() -> None:
+    flow = cnf.Flow(cnf.StandardNormal(1), Interval(-math.inf, 5.0))
+    x = flow.transform.forward(20 * torch.randn(5000, 1))
+    support = flow.distribution().support
+    assert (x == 5).any()
+    assert support.check(x).all()
+    assert not support.check(torch.tensor([5.1]))
+
+
+def test_the_ends_of_a_squashed_base_have_no_density() -> None:
+    """There torch computes inf - inf."""
+    normal = Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
+    base = DistributionBase(
+        torch.distributions.TransformedDistribution(normal, [torch.distributions.TanhTransform()])
+    )
+    found = base.log_prob(torch.tensor([[1.0], [-1.0], [2.0], [0.5]]))
+    assert found.isinf().tolist() == [True, True, True, False]
+    assert (found < 0).all()
+
+
+@pytest.mark.parametrize("mode", ["autograd", "torch.func"])
+def test_a_row_outside_has_no_gradient(mode: str) -> None:
+    flow = cnf.Flow(cnf.StandardNormal(2), Interval(0.0, 1.0))
+    x = torch.tensor([[1.5, 0.3], [0.4, 0.3]])
+    if mode == "autograd":
+        leaf = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(flow.log_prob(leaf).sum(), leaf)
+    else:
+        found = torch.func.vmap(torch.func.grad(flow.log_prob))(x)
+    assert torch.equal(found[0], torch.zeros(2))
+    torch.testing.assert_close(found[1], flow.score(x)[1])

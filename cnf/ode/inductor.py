@@ -45,7 +45,8 @@ def inductor(device: str) -> Callable[[GraphModule, list[Tensor]], Any]:
     """
     import torch._functorch.config as functorch
 
-    backend, chosen = torch._dynamo.lookup_backend("inductor"), options(device)
+    backend: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    chosen = options(device)
     mended = {"donated_buffer": False} if hasattr(functorch, "donated_buffer") else {}
 
     def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Any:

@@ -137,7 +137,7 @@ def evaluate(
 ) -> Derivative:
     """f(t, x, *args, *shared) as (dx, dq), refused unless shapes, dtypes and devices are right."""
     # torch 2.6 compiles anew for every object that is called as f(...), but not for its methods.
-    call = f.__call__ if hasattr(f, "identity") else f
+    call: Function = getattr(f, "__call__") if hasattr(f, "identity") else f  # noqa: B004, B009
     result = _with_own_times(f, t, x, args, shared) if t.ndim else call(t, x, *args, *shared)
     dx, dq = result if isinstance(result, tuple) else (result, None)
     dx = _like(dx, x, "dx")

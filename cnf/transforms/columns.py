@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints, transforms
 
-__all__ = ["Columns", "check_columns", "chosen_columns", "of_columns"]
+__all__ = ["Columns", "LessThanEq", "check_columns", "chosen_columns", "of_columns"]
 
 
 def check_columns(columns: Sequence[int]) -> tuple[int, ...]:
@@ -60,6 +60,24 @@ class Columns(constraints.Constraint):
 
     def __repr__(self) -> str:
         return f"Columns({self.columns})"
+
+
+class LessThanEq(constraints.less_than):
+    """Real numbers up to a bound, which belongs to them.
+
+    Example:
+        >>> LessThanEq(1.0).check(torch.tensor([1.0, 1.5]))
+        tensor([ True, False])
+    """
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether value (*shape) is at most the bound, (*shape)."""
+        return value <= self.upper_bound
+
+
+@biject_to.register(LessThanEq)
+def _to_less_than(constraint: LessThanEq) -> transforms.Transform:
+    return biject_to(constraints.less_than(constraint.upper_bound))
 
 
 @biject_to.register(Columns)

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from cnf.checks import check_number
 from cnf.ode.inputs import check_floating
 from cnf.transforms.base import Choices, Transform, check_choices, check_no_context
-from cnf.transforms.columns import Columns, check_columns, chosen_columns, of_columns
+from cnf.transforms.columns import Columns, LessThanEq, check_columns, chosen_columns, of_columns
 from cnf.transforms.inputs import check_like, check_shape
 from cnf.transforms.roots import softplus
 
@@ -239,7 +239,7 @@ def _constraint(low: float, high: float) -> constraints.Constraint:
         return constraints.interval(low, high)
     if math.isfinite(low):
         return constraints.greater_than_eq(low)
-    return constraints.less_than(high) if math.isfinite(high) else constraints.real
+    return LessThanEq(high) if math.isfinite(high) else constraints.real
 
 
 def _check_numbers(low: object, high: object) -> None:
