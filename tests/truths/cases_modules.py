@@ -168,7 +168,7 @@ FIELDS = [
         partial(decaying, write_all),
         decayed,
         IN_PLACE,
-        modes=(*EAGER_AND_FUNC, "compiled steps"),
+        modes=EVERY,
     ),
     *(
         Case(
