@@ -9,6 +9,9 @@ import pytest
 
 from .table import Case
 
+# What torch's compiler imports when it first runs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
 CASES: list[Case] = [
     case
     for path in sorted(Path(__file__).parent.glob("cases_*.py"))
