@@ -63,9 +63,9 @@ def of_survivors(
         x = x[good]
         found = evaluate(x, context)
     raise TrainingError(
-        f"the solver gave up {total - left} of the {total} samples of the batch, of which at most "
-        f"{_SHARE:.0%} may fail; Solver(on_failure='raise') tells the cause, a lower learning "
-        "rate, clip_grad_norm or a regularizer prevents it"
+        f"the solver gave up {total - left} of the {total} samples of the batch: at most "
+        f"{_SHARE:.0%} may fail, in at most {_RETRIES} solves; Solver(on_failure='raise') tells the "
+        "cause, a lower learning rate, clip_grad_norm or a regularizer prevents it"
     )
 
 
