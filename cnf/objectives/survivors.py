@@ -64,8 +64,8 @@ def of_survivors(
         found = evaluate(x, context)
     raise TrainingError(
         f"the solver gave up {total - left} of the {total} samples of the batch: at most "
-        f"{_SHARE:.0%} may fail, in at most {_RETRIES} solves; Solver(on_failure='raise') tells the "
-        "cause, a lower learning rate, clip_grad_norm or a regularizer prevents it"
+        f"{_SHARE:.0%} may fail, in at most {_RETRIES} solves; Solver(on_failure='raise') tells "
+        "the cause, a lower learning rate, clip_grad_norm or a regularizer prevents it"
     )
 
 
